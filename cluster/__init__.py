@@ -1,0 +1,1 @@
+"""Control plane: who owns which conversation, what is durable, how to restore it."""

@@ -1,0 +1,91 @@
+"""What the ingress asks of a replica and what comes back: the seam between the two deployments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.conversation import Message, TokenIds
+from deployments.errors import ErrorInfo
+from engine.protocol import FinishReason, TokenLogprob
+from engine.sampling import SamplingParams
+from engine.turn import Recovery
+
+
+@dataclass(frozen=True, slots=True)
+class TurnCall:
+    """One turn of a conversation that exists in the store.
+
+    `input_ids` is the template applied to this turn's new messages, up to where the reply starts.
+    `history` is the transcript hash including `messages`. `owner_hint` is the owner in the record the
+    ingress has just read ("" for none); only the router looks at it.
+    """
+
+    tenant: str
+    conversation_id: str
+    input_ids: TokenIds
+    messages: tuple[Message, ...]
+    history: str
+    sampling: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    expect_turn: int | None = None
+    expect_head: str | None = None
+    owner_hint: str = ""
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class TurnAccepted:
+    """First item: the replica owns the conversation and the turn is in its engine."""
+
+    turn: int
+    replica: str
+    recovery: Recovery
+
+
+@dataclass(frozen=True, slots=True)
+class TurnTokens:
+    """Tokens `k`, `k` + 1, ... of the reply; `logprobs` (token, alternatives) only if asked for."""
+
+    k: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[tuple[TokenLogprob, tuple[TokenLogprob, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TurnUsage:
+    """Counts in tokens. `input_tokens` are this turn's own; `context_tokens` is the age of the
+    conversation before it; `cached_tokens` of that context were resident and not recomputed;
+    `prefill_tokens` were computed before the first output token; `evicted_tokens` have slid out of the
+    window since the conversation began."""
+
+    input_tokens: int
+    output_tokens: int
+    context_tokens: int
+    cached_tokens: int
+    prefill_tokens: int
+    evicted_tokens: int
+    recovery: Recovery
+
+
+@dataclass(frozen=True, slots=True)
+class TurnDone:
+    """Last item of a committed turn. `output_ids` is the reply as committed, without the closing ids."""
+
+    turn: int
+    head: str
+    finish_reason: FinishReason
+    output_ids: TokenIds
+    usage: TurnUsage
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRefused:
+    """Last item of a turn that was not committed."""
+
+    error: ErrorInfo
+
+
+TurnItem = TurnAccepted | TurnTokens | TurnDone | TurnRefused

@@ -1,0 +1,1 @@
+"""Runtime: an engine directory becomes tokens (window, slots, scheduler, executors)."""

@@ -1,0 +1,115 @@
+"""The seam between the loop that decides and the executors that compute.
+
+A `StepPlan` says which tokens of which kv_slots to run; an `Engine` runs them and samples. An engine
+keeps no lengths and no conversations: the plan names every token_index, so the same plan always means
+the same thing, on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.sampling import SamplingParams
+from engine.window import SinkWindow
+from engine_build.spec import EngineSpec
+
+TokenIds = npt.NDArray[np.int32]
+Logits = npt.NDArray[np.float32]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class TurnFailed(Exception):
+    """This turn cannot go on; the engine and every other turn can."""
+
+
+class EngineDead(Exception):
+    """The engine cannot go on; its replica must be replaced and its conversations replayed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Draw one token after the last token of a row.
+
+    `turn` and `k` are the Philox counter; `history` is what penalties count: the retained token ids
+    of the conversation, int32, oldest first.
+    """
+
+    params: SamplingParams
+    turn: int
+    k: int
+    history: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation's share of a step: `tokens` at token_index `start`, `start` + 1, ...
+
+    Tokens before `start` are already in `kv_slot`, except window tokens before `window_start`, which
+    a bounded replay left out. `logits` asks for float32 [1, vocab] ("last") or [len(tokens), vocab]
+    ("all").
+    """
+
+    kv_slot: int
+    start: int
+    tokens: TokenIds
+    window: SinkWindow
+    window_start: int = 0
+    sample: SampleRequest | None = None
+    logits: Literal["none", "last", "all"] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Rows of different kv_slots: prefill chunks of at most `max_chunk` tokens and decode steps, mixed."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (nats) of a token under the model's distribution at temperature 1."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """`token_id` if the row asked for a sample; `top` holds `params.top_logprobs` alternatives."""
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    top: tuple[TokenLogprob, ...] = ()
+    logits: Logits | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One result per row of the plan, in its order."""
+
+    rows: tuple[RowResult, ...]
+
+
+class Engine(Protocol):
+    """Executes steps. Single-threaded: one thread calls `step`. `tests/engine_contract.py` is the contract."""
+
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    @property
+    def max_resident(self) -> int:
+        """Number of kv_slots: valid ids are 0 .. max_resident - 1."""
+        ...
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Write the rows' K and V, attend, sample. Raises EngineDead when no further step can work."""
+        ...
+
+    def close(self) -> None:
+        """Free memory; idempotent."""
+        ...

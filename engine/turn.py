@@ -1,0 +1,107 @@
+"""A turn as the engine loop sees it: token ids in, token events out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from engine.protocol import FinishReason, TokenIds, TokenLogprob
+from engine.sampling import SamplingParams
+from engine.window import SinkWindow
+
+Recovery = Literal["none", "exact", "replay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens to prefill: `tokens` at token_index `start`, `start` + 1, ... int32."""
+
+    start: int
+    tokens: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """What to run before the first sampled token, in order; the last segment ends with the input.
+
+    `recovery` says how the cache was come by; `window_start` is the oldest window token_index that is
+    present (see `engine.protocol.Row`).
+    """
+
+    segments: tuple[Segment, ...]
+    window_start: int
+    recovery: Recovery
+
+
+class StopCheck(Protocol):
+    """Watches the text of the output. Called on the engine thread, once per sampled token, in order."""
+
+    def push(self, token_id: int) -> bool:
+        """Whether a stop string is now complete."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRequest:
+    """One turn. `prefill(resident_length)` is called on the engine thread: it gets the number of
+    tokens that a valid resident slot holds (None when cold) and says what to run.
+
+    A resident slot is valid when it was settled under the same `head` (the conversation's hash).
+    `retained` is what penalties count before this turn's output: retained ids incl. this input, int32.
+    """
+
+    conversation_id: str
+    turn: int
+    head: str
+    window: SinkWindow
+    token_count: int
+    input_tokens: int
+    prefill: Callable[[int | None], Prefill]
+    retained: TokenIds
+    sampling: SamplingParams
+    max_tokens: int
+    eos_ids: frozenset[int]
+    stop: StopCheck | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStarted:
+    """The turn has its kv_slot. `cached_tokens` of its context were resident, `prefill_tokens` will run."""
+
+    recovery: Recovery
+    cached_tokens: int
+    prefill_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampled:
+    """Output token number `k` of the turn."""
+
+    k: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnded:
+    """No more tokens. The slot stays reserved (dirty) until `EngineLoop.settle` or `.discard`.
+
+    `cached_length` tokens of the conversation are in the slot (the last sampled one is not).
+    """
+
+    reason: FinishReason
+    cached_length: int
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnError:
+    """The turn cannot go on. `fatal` means the whole engine is dead."""
+
+    message: str
+    fatal: bool
+
+
+TurnEvent = TurnStarted | TokenSampled | TurnEnded | TurnError

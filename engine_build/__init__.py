@@ -1,0 +1,1 @@
+"""Offline: a checkpoint becomes an engine directory (spec, weights, graph, tokenizer, manifest)."""
