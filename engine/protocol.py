@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.sampling import SamplingParams
+from engine.sampling import TokenLogprob as TokenLogprob
 from engine.window import SinkWindow
 from engine_build.spec import EngineSpec
 
@@ -71,21 +72,17 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log-probability (nats) of a token under the model's distribution at temperature 1."""
-
-    token_id: int
-    logprob: float
-
-
-@dataclass(frozen=True, slots=True)
 class RowResult:
-    """`token_id` if the row asked for a sample; `top` holds `params.top_logprobs` alternatives."""
+    """`token_id` if the row asked for a sample; `top` holds `params.top_logprobs` alternatives.
+
+    `failed` says why this row's turn cannot go on (the loop makes it a TurnFailed); other rows can.
+    """
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     top: tuple[TokenLogprob, ...] = ()
     logits: Logits | None = None
+    failed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
