@@ -1,0 +1,1 @@
+"""Measurements against peers and limits; run with `python -m benchmarks.NAME --help`."""

@@ -1,0 +1,1 @@
+"""Peers that SinkServe is measured against, each driven in a process of its own."""
