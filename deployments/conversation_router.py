@@ -13,6 +13,7 @@ importable by the controller.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -22,24 +23,29 @@ from deployments.errors import ErrorInfo, ServiceError
 from deployments.turn_call import TurnCall
 
 
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """`request_router_kwargs`. Seconds to wait for room and for a first replica; conversations
+    remembered; the age at which a replica's statistics surely show what was sent to it."""
+
+    max_wait_s: float = 5.0
+    no_replica_wait_s: float = 60.0
+    table_size: int = 100_000
+    stats_lag_s: float = 2.0
+
+
 class ConversationRouter(RequestRouter):
     """Owner first; a new conversation goes to the emptiest replica; a full owner is waited for.
 
-    `request_router_kwargs`: `max_wait_s` (seconds to wait for room), `table_size` (conversations
-    remembered), `stats_lag_s` (age at which a replica's statistics show what was sent to it).
     Raises ServiceError: `overloaded` when the wait is over, `not_ready` when no replica lives.
     """
 
-    def initialize_state(
-        self,
-        max_wait_s: float = 5.0,
-        no_replica_wait_s: float = 60.0,
-        table_size: int = 100_000,
-        stats_lag_s: float = 2.0,
-    ) -> None:
-        self._placement = Placement(max_wait_s)
-        self._no_replica_wait_s = no_replica_wait_s
-        self._table = OwnerTable(table_size, stats_lag_s)
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Called once by Ray. Raises TypeError for an unknown key."""
+        options = RouterOptions(**kwargs)
+        self._placement = Placement(options.max_wait_s)
+        self._no_replica_wait_s = options.no_replica_wait_s
+        self._table = OwnerTable(options.table_size, options.stats_lag_s)
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False

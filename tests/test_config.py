@@ -1,0 +1,98 @@
+"""The configuration: defaults that work, errors that name the field and the fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config import (
+    Autoscaling,
+    ConfigError,
+    Limits,
+    SamplingDefaults,
+    ServiceConfig,
+    Tunables,
+    load_config,
+)
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"replica": 2}, "replica", "Did you mean 'replicas'"),
+    ({"zzz": 2}, "zzz", "Remove it"),
+    ({"limits": {"max_input_token": 5}}, "limits.max_input_token", "'max_input_tokens'"),
+    ({"capacity": 4}, "capacity", "greater than or equal to 8"),
+    ({"capacity": "wide"}, "capacity", "'wide'"),
+    ({"port": 70_000}, "port", "65535"),
+    ({"weight_format": "int3"}, "weight_format", "'int8' or 'float32'"),
+    ({"limits": {"turn_timeout_s": float("nan")}}, "limits.turn_timeout_s", "nan"),
+    ({"default_sampling": {"temperature": 9}}, "default_sampling.temperature", "9"),
+    (
+        {"limits": {"default_max_tokens": 50, "max_output_tokens": 40}},
+        "limits.default_max_tokens",
+        "Lower it",
+    ),
+    ({"max_running": 128, "step_token_budget": 128}, "step_token_budget", "more than 128"),
+    ({"replicas": 2, "autoscaling": {}}, "replicas", "Remove one of the two"),
+    ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "autoscaling", "Raise max_replicas"),
+    ({"redis_url": "localhost:6379"}, "redis_url", "redis://host:6379/0"),
+    ({"model": "engines/x", "capacity": 512}, "capacity", "sinkserve build"),
+    ({"api_keys_file": "no/such/file"}, "api_keys_file", "Create it"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field", "fix"), REFUSED)
+def test_refused_by_field_and_with_a_fix(fields: dict[str, Any], field: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(fields)
+    (problem,) = refusal.value.problems
+    assert problem.startswith(f"{field}: ")
+    assert fix in problem
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config({"capacity": 1, "port": -1, "nonsense": True})
+    assert len(refusal.value.problems) == 3
+
+
+def test_defaults_are_valid_and_survive_json() -> None:
+    config = load_config({})
+    again = load_config(json.loads(config.model_dump_json(exclude_unset=True)))
+    assert again == config
+    assert config.model_name == "smollm2-135m-instruct"
+    assert config.threads >= 1
+
+
+def test_the_demo_model_has_its_own_sampling_and_others_keep_the_apis() -> None:
+    assert load_config({}).sampling.temperature == 0.6
+    assert load_config({"model": "toy"}).sampling == SamplingDefaults()
+    mine = load_config({"default_sampling": {"top_p": 0.5}})
+    assert (mine.sampling.top_p, mine.sampling.params().top_p) == (0.5, 0.5)
+
+
+def test_engine_directory_names_the_model(tmp_path: Path) -> None:
+    config = load_config({"model": str(tmp_path / "llama-8b")})
+    assert config.model_name == "llama-8b"
+    assert load_config({"model": "x", "served_model_name": "y"}).model_name == "y"
+
+
+def test_tunables_travel_as_user_config() -> None:
+    config = load_config({"model": "toy", "limits": {"max_output_tokens": 600}})
+    user_config = json.loads(json.dumps(config.user_config()))
+    assert set(user_config) == set(Tunables.model_fields)
+    assert config.tuned(user_config).limits.max_output_tokens == 600
+    user_config["limits"]["max_output_tokens"] = 700
+    tuned = config.tuned(user_config)
+    assert tuned.limits.max_output_tokens == 700
+    assert tuned.model == "toy"
+    with pytest.raises(ConfigError, match="replicas: not a tunable"):
+        config.tuned({"replicas": 3})
+
+
+@pytest.mark.parametrize("model", [ServiceConfig, Limits, Autoscaling, SamplingDefaults])
+def test_every_field_has_bounds_or_a_description(model: type[ServiceConfig]) -> None:
+    for name, field in model.model_fields.items():
+        nested = name in ("limits", "autoscaling")
+        assert field.description or field.metadata or nested, name
