@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import OwnerTable, Overloaded, Placed, Placement, ReplicaView, Wait
+from cluster.placement import Overloaded, OwnerTable, Placed, Placement, ReplicaView, Wait
 
 POLICY = Placement(max_wait_s=5.0)
 A, B, C = (

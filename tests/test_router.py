@@ -19,7 +19,7 @@ from deployments.turn_call import TurnCall
 from engine.sampling import SamplingParams
 
 
-class Replica(FakeRunningReplica):  # type: ignore[misc]
+class Replica(FakeRunningReplica):
     """Ray's fake, with routing statistics."""
 
     def __init__(self, name: str, free_slots: int = 8, max_ongoing_requests: int = 4) -> None:
@@ -188,7 +188,7 @@ def test_choose_replicas_returns_the_owner_alone() -> None:
     async def scenario() -> None:
         replicas = [Replica("a"), Replica("b")]
         router = make_router(*replicas)
-        ranked = await router.choose_replicas(replicas, request(call("conv", "b")))
+        ranked = await router.choose_replicas(list(replicas), request(call("conv", "b")))
         assert ranked == [[replicas[1]]]
 
     run(scenario)

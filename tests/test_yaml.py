@@ -1,0 +1,115 @@
+"""The two deployment files against the schemas that Ray ships, and against what those let through."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+from deployments.config import Tunables, load_config
+
+ROOT = Path(__file__).parent.parent
+DEPLOYMENTS = {"Ingress", "SinkReplica"}
+
+
+def strict_problems(deploy: dict[str, Any]) -> list[str]:
+    """What `ServeDeploySchema` accepts in silence: unknown keys, deployments and prefixes."""
+    found = unknown_keys("", deploy, ServeDeploySchema)
+    for app in deploy["applications"]:
+        found += unknown_keys("applications.", app, ServeApplicationSchema)
+        if not str(app.get("route_prefix", "/")).startswith("/"):
+            found.append("applications.route_prefix")
+        for deployment in app.get("deployments", []):
+            found += unknown_keys("deployments.", deployment, DeploymentSchema)
+            if deployment["name"] not in DEPLOYMENTS:
+                found.append(f"deployments.name {deployment['name']}")
+    return found
+
+
+def unknown_keys(where: str, given: dict[str, Any], schema: type[BaseModel]) -> list[str]:
+    return [where + key for key in given if key not in schema.model_fields]
+
+
+@pytest.fixture
+def deploy() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    return loaded
+
+
+def test_serve_config_fits_rays_schema_and_a_stricter_one(deploy: dict[str, Any]) -> None:
+    ServeDeploySchema.model_validate(deploy)
+    assert strict_problems(deploy) == []
+
+
+def test_serve_config_fits_ours(deploy: dict[str, Any]) -> None:
+    (app,) = deploy["applications"]
+    assert app["name"] == "sinkserve"
+    assert app["import_path"] == "deployments.app:build"
+    config = load_config(app["args"])
+    assert {d["name"] for d in app["deployments"]} == DEPLOYMENTS
+    for deployment in app["deployments"]:
+        user_config = deployment["user_config"]
+        assert set(user_config) <= set(Tunables.model_fields)
+        limits = config.tuned(user_config).limits
+        assert deploy["http_options"]["request_timeout_s"] > limits.turn_timeout_s
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("proxy_locations",),
+        ("applications", 0, "arg"),
+        ("applications", 0, "deployments", 0, "num_replica"),
+    ],
+)
+def test_the_strict_check_sees_a_misspelt_key(
+    deploy: dict[str, Any], path: tuple[str | int, ...]
+) -> None:
+    broken: Any = copy.deepcopy(deploy)
+    node = broken
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = 1
+    assert len(strict_problems(broken)) == 1
+
+
+def test_the_strict_check_sees_an_unknown_deployment_and_a_bad_prefix(
+    deploy: dict[str, Any],
+) -> None:
+    deploy["applications"][0]["deployments"][0]["name"] = "SinkReplicas"
+    deploy["applications"][0]["route_prefix"] = "chat"
+    assert len(strict_problems(deploy)) == 2
+
+
+def cloud_example() -> str:
+    text = (ROOT / "ray_cluster.yaml").read_text()
+    _, marker, example = text.partition("# ---- Cloud example")
+    assert marker
+    return re.sub(r"^# ?", "", example.partition("\n")[2], flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("which", ["local", "cloud"])
+def test_ray_cluster_is_valid(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (ROOT / "ray_cluster.yaml").read_text() if which == "local" else cloud_example()
+    config = yaml.safe_load(text)
+    validate_config(prepare_config(config))
+    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    assert all("RAY_AUTH_MODE=" in c for c in starts if " start " in c)
+    assert config["rsync_filter"] == [".gitignore"]
+    if which == "cloud":
+        assert any(t["resources"].get("GPU") for t in config["available_node_types"].values())
+
+
+def test_validation_refuses_a_misspelt_cluster_key() -> None:
+    config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    config["max_worker"] = 2
+    with pytest.raises(Exception, match="max_worker"):
+        validate_config(prepare_config(config))
