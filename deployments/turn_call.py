@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from cluster.conversation import Message, TokenIds
 from deployments.errors import ErrorInfo
-from engine.protocol import FinishReason, TokenLogprob
-from engine.sampling import SamplingParams
+from engine.protocol import FinishReason
+from engine.sampling import SamplingParams, TokenLogprob
 from engine.turn import Recovery
 
 
@@ -89,3 +89,11 @@ class TurnRefused:
 
 
 TurnItem = TurnAccepted | TurnTokens | TurnDone | TurnRefused
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """Figures of one replica by metric name ([a-z_]+), e.g. resident_conversations, free_slots."""
+
+    replica: str
+    values: dict[str, float]

@@ -13,8 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine.sampling import SamplingParams
-from engine.sampling import TokenLogprob as TokenLogprob
+from engine.sampling import SamplingParams, TokenLogprob
 from engine.window import SinkWindow
 from engine_build.spec import EngineSpec
 
@@ -93,7 +92,7 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """Executes steps. Single-threaded: one thread calls `step`. `tests/engine_contract.py` is the contract."""
+    """Executes steps. Single-threaded: one thread calls `step`. Contract: `tests/engine_contract.py`."""
 
     @property
     def spec(self) -> EngineSpec: ...

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from engine.protocol import FinishReason, TokenIds, TokenLogprob
-from engine.sampling import SamplingParams
+from engine.protocol import FinishReason, TokenIds
+from engine.sampling import SamplingParams, TokenLogprob
 from engine.window import SinkWindow
 
 Recovery = Literal["none", "exact", "replay"]
