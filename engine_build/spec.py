@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-RopeScaling = Literal["default", "linear", "llama3", "yarn"]
+RopeScaling = Literal["default", "linear", "llama3", "yarn", "divisors"]
 WeightFormat = Literal["float32", "int8"]
 Target = Literal["cpu"]
 
@@ -40,6 +40,8 @@ class RopeSpec:
 
     `rotary_dim` <= head_dim dimensions are rotated. The scaling fields are those of the Hugging Face
     `rope_scaling` / `rope_parameters` entry of the same name and are ignored by the other scalings.
+    "divisors" divides each frequency by its entry of `frequency_divisors` [rotary_dim / 2]: what a
+    GGUF file keeps of llama3 scaling.
     """
 
     theta: float
@@ -55,6 +57,7 @@ class RopeSpec:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    frequency_divisors: tuple[float, ...] = ()
 
     def inverse_frequencies(self) -> npt.NDArray[np.float64]:
         """Angle in radians per position, float64 [rotary_dim / 2]."""
@@ -66,6 +69,8 @@ class RopeSpec:
             return self._llama3(inverse)
         if self.scaling == "yarn":
             return self._yarn(inverse)
+        if self.scaling == "divisors":
+            return inverse / np.array(self.frequency_divisors, dtype=np.float64)
         return inverse
 
     def cos_sin_scale(self) -> float:
@@ -100,7 +105,8 @@ class RopeSpec:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.rotary_dim - 1)
-        ramp = (np.arange(self.rotary_dim // 2, dtype=np.float64) - low) / max(high - low, 0.001)
+        span = high - low if high != low else 0.001
+        ramp = (np.arange(self.rotary_dim // 2, dtype=np.float64) - low) / span
         extrapolate = 1.0 - np.clip(ramp, 0.0, 1.0)
         return inverse / self.factor * (1 - extrapolate) + inverse * extrapolate
 
@@ -194,6 +200,8 @@ class EngineSpec:
         try:
             model: Mapping[str, Any] = fields.pop("model")
             rope = RopeSpec(**model["rope"])
+            divisors = tuple(rope.frequency_divisors)
+            rope = dataclasses.replace(rope, frequency_divisors=divisors)
             return cls(model=ModelShape(**{**model, "rope": rope}), **fields)
         except (KeyError, TypeError) as error:
             raise SpecError(

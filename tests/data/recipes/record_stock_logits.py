@@ -4,7 +4,7 @@ Run in an environment of its own (values recorded with torch 2.13.0, transformer
 float32, eager attention, one thread, x86-64):
 
     pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate safetensors
-    PYTHONPATH=tests python tests/data/recipes/record_stock_logits.py [SmolLM2-135M-Instruct.Q4_1.gguf]
+    PYTHONPATH=. python tests/data/recipes/record_stock_logits.py [SmolLM2-135M-Instruct.Q4_1.gguf]
 
 Writes beside `tests/data`:
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_models import FAMILIES, tiny_config, tiny_token_ids, write_hf_folder
+from tests.tiny_models import FAMILIES, tiny_config, tiny_token_ids, write_hf_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
