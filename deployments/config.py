@@ -41,9 +41,9 @@ class Limits(_Strict):
     """What one request may ask for, and how long things may take."""
 
     max_input_tokens: int = Field(
-        default=32_768,
+        default=8192,
         ge=1,
-        le=1 << 24,
+        le=1 << 20,
         description="Input of one turn, tokens. May exceed the window.",
     )
     max_output_tokens: int = Field(
@@ -93,12 +93,6 @@ class Tunables(_Strict):
         ge=1,
         le=300,
         description="A running turn's claim on its conversation, seconds.",
-    )
-    drain_s: float = Field(
-        default=20.0,
-        ge=0,
-        le=600,
-        description="Time a stopping replica gives its running turns, seconds.",
     )
 
 
@@ -171,14 +165,29 @@ class ServiceConfig(Tunables):
         le=65_536,
         description="Turns of a replica that wait for a kv_slot or a row.",
     )
-    step_token_budget: int = Field(
-        default=128, ge=2, le=65_536, description="Tokens of one engine step, decode rows first."
+    prefill_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=65_536,
+        description="Prefilled per step beside the decode rows; 0: one chunk.",
     )
     owner_wait_s: float = Field(
         default=5.0,
         ge=0,
         le=600,
         description="Wait for a full owner before 429 overloaded, seconds.",
+    )
+    drain_s: float = Field(
+        default=20.0,
+        ge=0,
+        le=600,
+        description="Time a stopping replica gives its running turns, seconds.",
+    )
+    step_timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        le=3600,
+        description="An engine step that takes longer makes its replica unhealthy, seconds.",
     )
     stats_period_s: float = Field(
         default=0.5,
@@ -201,10 +210,11 @@ class ServiceConfig(Tunables):
         default="",
         description="Of the embedded Redis; empty: $SINKSERVE_HOME/data (~/.sinkserve/data).",
     )
-    conversation_ttl_s: float | None = Field(
-        default=None,
-        gt=0,
-        description="Idle conversations are forgotten after this, seconds; None: never.",
+    conversation_ttl_s: float = Field(
+        default=30 * 24 * 3600.0,
+        ge=60,
+        le=3600.0 * 24 * 36_500,
+        description="Idle conversations are forgotten after this, seconds.",
     )
     api_keys_file: str = Field(
         default="", description="Lines of `key tenant`; empty: one open tenant."
@@ -226,10 +236,10 @@ class ServiceConfig(Tunables):
                 f"limits.default_max_tokens: {limits.default_max_tokens} is above "
                 f"limits.max_output_tokens ({limits.max_output_tokens}). Lower it"
             )
-        if self.step_token_budget <= self.max_running:
+        if 0 < self.prefill_tokens < min(self.max_chunk, 8):
             found.append(
-                f"step_token_budget: {self.step_token_budget} leaves no room to prefill beside "
-                f"max_running ({self.max_running}) decode rows. Use more than {self.max_running}"
+                f"prefill_tokens: {self.prefill_tokens} makes every prompt crawl. "
+                "Use at least 8, or 0 for one chunk"
             )
         if self.autoscaling is not None and "replicas" in self.model_fields_set:
             found.append("replicas: autoscaling sets the number of replicas. Remove one of the two")

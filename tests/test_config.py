@@ -33,7 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "limits.default_max_tokens",
         "Lower it",
     ),
-    ({"max_running": 128, "step_token_budget": 128}, "step_token_budget", "more than 128"),
+    ({"prefill_tokens": 2}, "prefill_tokens", "0 for one chunk"),
     ({"replicas": 2, "autoscaling": {}}, "replicas", "Remove one of the two"),
     ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "autoscaling", "Raise max_replicas"),
     ({"redis_url": "localhost:6379"}, "redis_url", "redis://host:6379/0"),
