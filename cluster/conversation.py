@@ -23,6 +23,11 @@ def new_conversation_id() -> str:
     return f"conv_{secrets.token_hex(16)}"
 
 
+def new_nonce() -> str:
+    """128 random bits in hex: tells one claim of a turn from every other, also from its own retry."""
+    return secrets.token_hex(16)
+
+
 def chain_head(previous: str, input_ids: TokenIds, output_ids: TokenIds) -> str:
     """h_t = SHA-256(h_{t-1} || input ids || output ids), hex; ids as little-endian int32.
 
@@ -51,6 +56,17 @@ class Message:
     role: str
     content: str
 
+    def encode(self) -> bytes:
+        """Stored form: a JSON pair. Lone surrogates survive the round trip."""
+        pair = json.dumps([self.role, self.content], ensure_ascii=False, separators=(",", ":"))
+        return pair.encode("utf-8", "surrogatepass")
+
+    @classmethod
+    def decode(cls, data: bytes) -> Message:
+        """Inverse of `encode`."""
+        role, content = json.loads(data.decode("utf-8", "surrogatepass"))
+        return cls(role, content)
+
 
 @dataclass(frozen=True, slots=True)
 class ReplayLog:
@@ -59,6 +75,17 @@ class ReplayLog:
     sink_ids: TokenIds
     recent_ids: TokenIds
     token_count: int
+
+    def advanced(self, ids: TokenIds, sink_tokens: int, recent_tokens: int) -> ReplayLog:
+        """The log after `ids`: the first `sink_tokens` of all are sinks, of the rest the last
+        `recent_tokens` are kept."""
+        missing = max(0, sink_tokens - len(self.sink_ids))
+        recent = np.concatenate([self.recent_ids, ids[missing:]])
+        return ReplayLog(
+            sink_ids=np.concatenate([self.sink_ids, ids[:missing]]),
+            recent_ids=recent[max(0, len(recent) - recent_tokens) :],
+            token_count=self.token_count + len(ids),
+        )
 
     @property
     def recent_start(self) -> int:
@@ -81,7 +108,10 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class NewConversation:
-    """What `create` needs. S = `sink_tokens` and R = `window_tokens` are fixed for life."""
+    """What `create` needs. S = `sink_tokens` and R = `window_tokens` are fixed for life.
+
+    Raises ValueError when `window_tokens` or `replay_windows` is below 1 or `sink_tokens` below 0.
+    """
 
     conversation_id: str
     tenant: str
@@ -94,10 +124,27 @@ class NewConversation:
     messages: tuple[Message, ...] = ()
     """The pinned prefix as messages (system), already part of `history`; goes to the transcript."""
 
+    def __post_init__(self) -> None:
+        if self.window_tokens < 1 or self.replay_windows < 1 or self.sink_tokens < 0:
+            raise ValueError(
+                f"sink_tokens {self.sink_tokens}, window_tokens {self.window_tokens}, "
+                f"replay_windows {self.replay_windows}: need at least 0, 1 and 1"
+            )
+
+    @property
+    def recent_tokens(self) -> int:
+        """The most ids past the sinks that are kept for replay."""
+        return self.replay_windows * self.window_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The stored record, without its token ids."""
+    """The stored record, without its token ids.
+
+    `owner` is the replica that runs the turn, or else the one that committed the last turn (its slot
+    is the one that may be resident). `running` is false once the lease has run out. `result` is what
+    the last commit left.
+    """
 
     conversation_id: str
     tenant: str
@@ -114,11 +161,15 @@ class Conversation:
     created_s: float
     updated_s: float
     metadata: dict[str, str]
+    result: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class BeginTurn:
-    """A claim to run the next turn. `expect_turn` / `expect_head`, when given, must match the record."""
+    """A claim to run the next turn. `expect_turn` / `expect_head`, when given, must match the record.
+
+    `nonce` names the claim: sending the same claim again returns the same ownership.
+    """
 
     conversation_id: str
     tenant: str
@@ -128,6 +179,7 @@ class BeginTurn:
     lease_s: float
     expect_turn: int | None = None
     expect_head: str | None = None
+    nonce: str = field(default_factory=new_nonce)
 
 
 @dataclass(frozen=True, slots=True)
