@@ -103,7 +103,11 @@ class Engine(Protocol):
         ...
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Write the rows' K and V, attend, sample. Raises EngineDead when no further step can work."""
+        """Write the rows' K and V, attend, sample.
+
+        A row that cannot go on says so in `RowResult.failed`. Raises TurnFailed when that holds for
+        every row of the plan, EngineDead when no further step can work.
+        """
         ...
 
     def close(self) -> None:

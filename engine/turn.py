@@ -26,7 +26,8 @@ class Prefill:
     """What to run before the first sampled token, in order; the last segment ends with the input.
 
     `recovery` says how the cache was come by; `window_start` is the oldest window token_index that is
-    present (see `engine.protocol.Row`).
+    present (see `engine.protocol.Row`). Where the first segment goes on after the resident tokens, the
+    loop knows better and uses the slot's own.
     """
 
     segments: tuple[Segment, ...]
@@ -88,7 +89,10 @@ class TokenSampled:
 class TurnEnded:
     """No more tokens. The slot stays reserved (dirty) until `EngineLoop.settle` or `.discard`.
 
-    `cached_length` tokens of the conversation are in the slot (the last sampled one is not).
+    `cached_length` tokens of the conversation are in the slot (the last sampled one is not; 0 if the
+    turn was cancelled before it had a slot). `timings` in seconds: `queue_s` until it had one,
+    `prefill_s` from there to the first output token, `ttft_s` their sum, `decode_s` from there to the
+    end; those it never reached are missing.
     """
 
     reason: FinishReason
@@ -98,7 +102,7 @@ class TurnEnded:
 
 @dataclass(frozen=True, slots=True)
 class TurnError:
-    """The turn cannot go on. `fatal` means the whole engine is dead."""
+    """The turn cannot go on and its slot is gone. `fatal` means the whole engine is."""
 
     message: str
     fatal: bool

@@ -1,0 +1,92 @@
+"""A turn inside the loop: what it has run so far and what its next row is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from engine.protocol import Row, SampleRequest, TokenIds
+from engine.scheduler import Share
+from engine.turn import Prefill, Segment, TurnEvent, TurnRequest
+
+OnEvent = Callable[[TurnEvent], None]
+
+
+@dataclass(slots=True, eq=False)
+class RunningTurn:
+    """Mutable; touched only by `engine.loop.EngineLoop`, which explains its phases.
+
+    `length` tokens of the conversation are cached in `kv_slot` (-1: it never had one). `forgotten`:
+    discarded by its owner, or its callback raised; it is told nothing more and its slot is discarded
+    as soon as it ends.
+    """
+
+    number: int
+    request: TurnRequest
+    on_event: OnEvent
+    submitted_s: float
+    phase: Literal["waiting", "running", "ended"] = "waiting"
+    cancelled: bool = False
+    forgotten: bool = False
+    kv_slot: int = -1
+    segments: tuple[Segment, ...] = ()
+    window_start: int = 0
+    length: int = 0
+    num_sampled: int = 0
+    last_token: int = -1
+    history: TokenIds = field(default_factory=lambda: np.zeros(0, np.int32))
+    started_s: float | None = None
+    first_token_s: float | None = None
+
+    def row(self, share: Share) -> Row:
+        """The tokens of `share`, which must be the next ones."""
+        request = self.request
+        if share.segment >= 0:
+            segment = self.segments[share.segment]
+            start = segment.start + share.offset
+            tokens = segment.tokens[share.offset : share.offset + share.count]
+        else:
+            start = self.length
+            tokens = np.array([self.last_token], dtype=np.int32)
+        sample: SampleRequest | None = None
+        if share.samples:
+            history = self.history[: len(request.retained) + self.num_sampled]
+            sample = SampleRequest(request.sampling, request.turn, self.num_sampled, history)
+        return Row(self.kv_slot, start, tokens, request.window, self.window_start, sample)
+
+    def append(self, token: int) -> None:
+        """Count output `token`, also for penalties: in a buffer that doubles as it fills."""
+        self.num_sampled += 1
+        self.last_token = token
+        used = len(self.request.retained) + self.num_sampled
+        if used > len(self.history):
+            grown = np.zeros(2 * used + 64, dtype=np.int32)
+            grown[: used - 1] = self.history[: used - 1]
+            self.history = grown
+        self.history[used - 1] = token
+
+    def timings(self, now_s: float) -> dict[str, float]:
+        """See `engine.turn.TurnEnded`."""
+        timings = {}
+        if self.started_s is not None:
+            timings["queue_s"] = self.started_s - self.submitted_s
+            if self.first_token_s is not None:
+                timings["prefill_s"] = self.first_token_s - self.started_s
+                timings["ttft_s"] = self.first_token_s - self.submitted_s
+                timings["decode_s"] = now_s - self.first_token_s
+        return timings
+
+
+def checked_counts(prefill: Prefill, end: int) -> list[int]:
+    """Token counts of the segments. Raises ValueError unless they rise and end at `end`."""
+    reached = 0
+    for segment in prefill.segments:
+        if segment.start < reached or not len(segment.tokens):
+            raise ValueError(f"the segment at {segment.start} is empty or overlaps")
+        reached = segment.start + len(segment.tokens)
+    if reached != end:
+        raise ValueError(f"the segments end at {reached}, the input at {end}")
+    return [len(segment.tokens) for segment in prefill.segments]
