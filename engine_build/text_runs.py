@@ -59,10 +59,10 @@ class RunEncoder:
             previous, stretch, plain = piece, "", self._after_special
         return ids + self._stretch(plain, stretch, previous, None)
 
-    def split_after_last_special(self, text: str) -> tuple[list[int], str]:
-        """The ids of template text up to its last special token, and the text after that."""
+    def split_after_last_special(self, text: str) -> tuple[str, str]:
+        """Template text cut after its last special token."""
         end = max((match.end() for match in self._pattern.finditer(text)), default=0)
-        return self.encode([Run(text[:end])]) if end else [], text[end:]
+        return text[:end], text[end:]
 
     def _pieces(self, runs: Sequence[Run]) -> list[int | str]:
         pieces: list[int | str] = []
