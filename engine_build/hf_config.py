@@ -115,12 +115,12 @@ def _family(fields: Fields) -> str:
             f"Use a model of a stock architecture. {SUPPORTED}",
         )
     family = fields.values.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise fields.refuse("model_type", f"{family!r} is not supported", SUPPORTED)
     names = fields.values.get("architectures")
     if names is not None and names != [ARCHITECTURES[family]]:
         raise fields.refuse("architectures", f"{names!r} is not supported", SUPPORTED)
-    return str(family)
+    return family
 
 
 def _refuse_unsupported(fields: Fields, family: str) -> None:
