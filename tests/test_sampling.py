@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.philox import philox4x32, uniform
+from engine.protocol import SampleRequest
+from engine.sampling import (
+    MIN_LOGPROB,
+    SamplingParams,
+    largest,
+    sample_rows,
+)
+
+NO_HISTORY = np.zeros(0, np.int32)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def request(
+    params: SamplingParams, history: list[int] | None = None, turn: int = 1, k: int = 0
+) -> SampleRequest:
+    return SampleRequest(params, turn, k, np.array(history or [], np.int32))
+
+
+def draw(logits: object, params: SamplingParams, history: list[int] | None = None) -> int:
+    row = np.array([logits], np.float32)
+    (sampled,) = sample_rows(row, [request(params, history)])
+    assert sampled.failed is None
+    assert sampled.token_id is not None
+    return sampled.token_id
+
+
+def reference(
+    logits: npt.NDArray[np.float32], params: SamplingParams, history: list[int]
+) -> npt.NDArray[np.float64]:
+    """The probabilities a draw must follow: float64, one token at a time, a full sort."""
+    scores = logits.astype(np.float64)
+    for token in sorted(set(history)):
+        if scores[token] > 0:
+            scores[token] /= params.repetition_penalty
+        else:
+            scores[token] *= params.repetition_penalty
+        scores[token] -= params.frequency_penalty * history.count(token)
+        scores[token] -= params.presence_penalty
+    for token, bias in params.logit_bias:
+        scores[token] += bias
+    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
+    if params.temperature == 0:
+        kept = order[:1]
+    else:
+        scores = scores / params.temperature
+        kept = order[: params.top_k or len(order)]
+        weights = {token: math.exp(scores[token] - scores[order[0]]) for token in kept}
+        goal, mass, nucleus = params.top_p * sum(weights.values()), 0.0, []
+        for token in kept:
+            nucleus.append(token)
+            mass += weights[token]
+            if params.top_p < 1 and mass >= goal:
+                break
+        kept = [token for token in nucleus if weights[token] >= params.min_p]
+    probabilities = np.zeros(len(scores))
+    for token in kept:
+        probabilities[token] = math.exp(scores[token] - scores[kept[0]])
+    normalised: npt.NDArray[np.float64] = probabilities / probabilities.sum()
+    return normalised
+
+
+# The random numbers.
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            (0xFFFFFFFF,) * 4,
+            (0xFFFFFFFF,) * 2,
+            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        ),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_random123(
+    counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, ...]
+) -> None:
+    assert philox4x32(counter, key) == words
+
+
+def test_uniform_is_the_first_53_bits_of_the_block() -> None:
+    assert uniform(0, 0, 0) == ((0x6627E8D5E169C58D) >> 11) / 2**53
+    counter = (0x89ABCDEF, 0x01234567, 7, 0)
+    high, low, _, _ = philox4x32(counter, (0x55667788, 0x11223344))
+    expected = ((high << 32 | low) >> 11) / 2**53
+    assert uniform(0x1122334455667788, 7, 0x0123456789ABCDEF) == expected
+
+
+def test_every_part_of_the_counter_and_key_matters() -> None:
+    draws = {uniform(seed, turn, k) for seed in (0, 1, 2**32) for turn in (0, 1) for k in (0, 1)}
+    assert len(draws) == 12
+
+
+def test_uniform_is_uniform() -> None:
+    draws = np.array([uniform(3, 1, k) for k in range(20_000)])
+    counts, _ = np.histogram(draws, bins=20, range=(0, 1))
+    assert chi_square(counts, np.full(20, 0.05)) < 60
+
+
+def chi_square(counts: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64]) -> float:
+    expected = counts.sum() * probabilities
+    assert not counts[expected == 0].any()
+    some = expected > 0
+    return float((((counts - expected) ** 2)[some] / expected[some]).sum())
+
+
+# The distribution.
+
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.6),
+    SamplingParams(temperature=1.7, top_k=5),
+    SamplingParams(top_p=0.8),
+    SamplingParams(top_p=0.05),
+    SamplingParams(top_k=8, top_p=0.7),
+    SamplingParams(min_p=0.2),
+    SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.1),
+    SamplingParams(repetition_penalty=1.6, frequency_penalty=0.4, presence_penalty=0.3),
+    SamplingParams(top_p=0.9, logit_bias=((3, 4.0), (5, -100.0))),
+]
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_draws_follow_the_reference_distribution(params: SamplingParams) -> None:
+    logits = np.random.default_rng(5).normal(size=24).astype(np.float32) * 1.5
+    history = [2, 2, 2, 7, 9, 9]
+    expected = reference(logits, params, history)
+    num_draws = 6000
+    requests = [request(params, history, k=k) for k in range(num_draws)]
+    sampled = sample_rows(np.tile(logits, (num_draws, 1)), requests)
+    counts = np.bincount([s.token_id or 0 for s in sampled], minlength=24)
+    # 24 tokens: chi-square stays below 60 with probability 1 - 4e-5, and the seed is fixed.
+    assert chi_square(counts, expected) < 60
+
+
+@st.composite
+def cases(
+    draw_: st.DrawFn,
+) -> tuple[npt.NDArray[np.float32], SamplingParams, list[int], int]:
+    vocab = draw_(st.sampled_from([1, 2, 7, 300, 1500, 5000]))
+    rng = np.random.default_rng(draw_(st.integers(0, 2**32)))
+    logits = (rng.normal(size=vocab) * draw_(st.sampled_from([0.1, 1.0, 4.0]))).astype(np.float32)
+    peaks = rng.integers(0, vocab, size=draw_(st.integers(0, 20)))
+    logits[peaks] += np.float32(draw_(st.sampled_from([0.0, 5.0])))
+    params = SamplingParams(
+        temperature=draw_(st.sampled_from([0.0, 0.3, 1.0, 1.9])),
+        top_k=draw_(st.sampled_from([0, 1, 4, 50, 2000, 10_000])),
+        top_p=draw_(st.sampled_from([1.0, 0.99, 0.6, 0.01])),
+        min_p=draw_(st.sampled_from([0.0, 0.03, 0.5])),
+        repetition_penalty=draw_(st.sampled_from([1.0, 1.3, 0.8])),
+        frequency_penalty=draw_(st.sampled_from([0.0, 0.7])),
+        presence_penalty=draw_(st.sampled_from([0.0, -0.9])),
+        seed=draw_(st.integers(0, 2**64 - 1)),
+    )
+    history = [int(token) for token in rng.integers(0, vocab, size=draw_(st.integers(0, 40)))]
+    return logits, params, history, draw_(st.integers(0, 1000))
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(cases())
+def test_a_draw_is_the_inverse_cdf_of_the_reference(
+    case: tuple[npt.NDArray[np.float32], SamplingParams, list[int], int],
+) -> None:
+    logits, params, history, k = case
+    (sampled,) = sample_rows(logits[None], [request(params, history, k=k)])
+    assert sampled.token_id is not None
+    probabilities = reference(logits, params, history)
+    assert probabilities[sampled.token_id] > 0
+    if params.temperature > 0:
+        upto = probabilities[: sampled.token_id + 1].sum()
+        below = upto - probabilities[sampled.token_id]
+        assert below - 1e-5 <= uniform(params.seed, 1, k) <= upto + 1e-5
+
+
+def test_a_large_vocabulary_is_drawn_from_evenly_across_blocks() -> None:
+    vocab = 49_152
+    requests = [request(SamplingParams(seed=9), k=k) for k in range(2000)]
+    sampled = sample_rows(np.zeros((2000, vocab), np.float32), requests)
+    counts, _ = np.histogram([s.token_id or 0 for s in sampled], bins=16, range=(0, vocab))
+    assert chi_square(counts, np.full(16, 1 / 16)) < 50
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(7, 5000)).astype(np.float32) * 3
+    requests = [
+        request(replace(params, seed=index), [1, 2, 3], turn=index, k=index)
+        for index, params in enumerate(PARAMS[:7])
+    ]
+    together = sample_rows(logits, requests)
+    alone = [sample_rows(logits[i : i + 1], requests[i : i + 1])[0] for i in range(7)]
+    assert together == alone
+    backwards = sample_rows(np.ascontiguousarray(logits[::-1]), requests[::-1])
+    assert backwards[::-1] == together
+
+
+def test_logits_are_left_as_they_are() -> None:
+    logits = np.random.default_rng(1).normal(size=(1, 50)).astype(np.float32)
+    before = logits.copy()
+    params = SamplingParams(repetition_penalty=2.0, logit_bias=((1, 3.0),), logprobs=True)
+    sample_rows(logits, [request(params, [4, 5])])
+    assert np.array_equal(logits, before)
+
+
+# Edges.
+
+INF = float("inf")
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("logits", "params", "history", "expected"),
+    [
+        ([1, 3, 3, 2], GREEDY, [], 1),
+        ([1, 3, 3, 2], SamplingParams(top_k=1), [], 1),
+        ([1, 3, 3, 2], SamplingParams(top_p=1e-9), [], 1),
+        ([1, 3, 3.1, 2], SamplingParams(min_p=1.0), [], 2),
+        ([1, 3, 3.1, 2], SamplingParams(temperature=1e-9), [], 2),
+        ([1, 3, 3.1, 2], SamplingParams(temperature=1e-4), [], 2),
+        ([0, 0, 0, 0], SamplingParams(top_k=1), [], 0),
+        ([0, 0, 0, 0], SamplingParams(top_p=0.25), [], 0),
+        ([-INF, -INF, 2, -INF], SamplingParams(), [], 2),
+        ([-INF, -INF, 2, -INF], SamplingParams(top_k=3, top_p=0.999), [], 2),
+        ([-INF, 1, 2, -INF], replace(GREEDY, logit_bias=((1, 100.0),)), [], 1),
+        ([9, 8, 1, 0], replace(GREEDY, logit_bias=((0, -100.0),)), [], 1),
+        ([9, 8, 1, 0], SamplingParams(logit_bias=((3, 100.0),)), [], 3),
+        ([-INF, 8, 1, 0], SamplingParams(logit_bias=((0, 100.0), (2, 100.0))), [], 2),
+        ([4, 3, -1, 0], replace(GREEDY, repetition_penalty=2.0), [0], 1),
+        ([-4, -3, -5, -9], replace(GREEDY, repetition_penalty=2.0), [1], 0),
+        ([4, 3.5, 0, 0], replace(GREEDY, presence_penalty=0.6), [0, 0, 0], 1),
+        ([4, 2.5, 0, 0], replace(GREEDY, presence_penalty=0.6), [0, 0, 0], 0),
+        ([4, 2.5, 0, 0], replace(GREEDY, frequency_penalty=0.6), [0, 0, 0], 1),
+        ([4, 2.5, 0, 0], replace(GREEDY, frequency_penalty=0.6), [0, 0], 0),
+        ([4, 3, 0, 0], replace(GREEDY, presence_penalty=-2.0), [1], 1),
+        ([7], SamplingParams(), [0, 0], 0),
+        ([7], SamplingParams(top_k=5, top_p=0.5, min_p=0.5), [], 0),
+    ],
+)
+def test_edges(
+    logits: list[float], params: SamplingParams, history: list[int], expected: int
+) -> None:
+    assert {draw(logits, replace(params, seed=seed), history) for seed in range(12)} == {expected}
+
+
+def test_ties_at_the_cut_go_to_lower_ids() -> None:
+    for params in (SamplingParams(top_k=3), SamplingParams(top_p=0.3)):
+        seen = {draw([0.0] * 10, replace(params, seed=seed)) for seed in range(100)}
+        assert seen == {0, 1, 2}
+
+
+def test_top_k_of_a_large_vocabulary_with_ties_is_exact() -> None:
+    values = np.repeat(np.arange(5000, dtype=np.float32), 2)
+    np.random.default_rng(2).shuffle(values)
+    for k in (1, 2, 3, 50, 513, 9999, 10_000):
+        order = sorted(range(10_000), key=lambda index: (-values[index], index))
+        assert largest(values, k).tolist() == sorted(order[:k])
+
+
+@pytest.mark.parametrize("bad", [[NAN, 1, 2], [1, INF, 2], [1, 2, NAN], [-INF, -INF, -INF]])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.5)])
+def test_a_row_without_finite_logits_fails_alone(bad: list[float], params: SamplingParams) -> None:
+    good = [0.0, 0.0, 50.0]
+    rows = sample_rows(np.array([good, bad, good], np.float32), [request(params)] * 3)
+    assert [row.token_id for row in rows] == [2, None, 2]
+    assert [row.failed for row in rows] == [None, "the model's logits are not finite", None]
+
+
+def test_a_bias_outside_the_vocabulary_fails_its_row() -> None:
+    params = SamplingParams(logit_bias=((3, 1.0),))
+    (row,) = sample_rows(np.zeros((1, 3), np.float32), [request(params)])
+    assert row.token_id is None
+    assert row.failed == "logit_bias names a token id outside the vocabulary"
+
+
+# Log-probabilities.
+
+
+def test_logprobs_are_those_of_the_model_before_any_penalty() -> None:
+    logits = np.log(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32)) + np.float32(3)
+    params = SamplingParams(
+        temperature=0.5,
+        logit_bias=((0, 100.0),),
+        presence_penalty=2.0,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    (sampled,) = sample_rows(logits, [request(params, [3])])
+    assert sampled.token_id == 0
+    assert sampled.logprob is not None
+    assert sampled.logprob.token_id == 0
+    assert sampled.logprob.logprob == pytest.approx(math.log(0.1), abs=1e-6)
+    assert [entry.token_id for entry in sampled.top] == [3, 2, 1]
+    assert [entry.logprob for entry in sampled.top] == pytest.approx(
+        [math.log(0.4), math.log(0.3), math.log(0.2)], abs=1e-6
+    )
+
+
+def test_logprobs_only_if_asked_for_and_never_infinite() -> None:
+    row = np.array([[-INF, 0.0, 0.0]], np.float32)
+    (plain,) = sample_rows(row, [request(GREEDY)])
+    assert plain.logprob is None
+    assert plain.top == ()
+    params = SamplingParams(logit_bias=((1, -100.0), (2, -100.0)), logprobs=True, top_logprobs=20)
+    (sampled,) = sample_rows(row, [request(params)])
+    assert [entry.token_id for entry in sampled.top] == [1, 2, 0]
+    assert sampled.top[2].logprob == MIN_LOGPROB
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", NAN),
+        ("temperature", INF),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", NAN),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", NAN),
+        ("presence_penalty", INF),
+        ("frequency_penalty", NAN),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("top_logprobs", 21),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((1, 101.0),)),
+        ("logit_bias", ((1, NAN),)),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be "):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
