@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -125,11 +125,19 @@ class ApiClient:
     def delete(self, path: str) -> None:
         self._checked("DELETE", path)
 
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the service takes turns, and its `/healthz`."""
+        try:
+            response = self._http.get("/healthz")
+        except httpx.HTTPError as error:
+            raise self._lost(error) from error
+        return response.status_code == 200, _json_of(response)
+
     def model(self) -> str:
         """The one model that is served."""
         return str(self.get("/v1/models")["data"][0]["id"])
 
-    def stream(self, body: dict[str, Any], reply: Reply) -> Iterator[str]:
+    def stream(self, body: dict[str, Any], reply: Reply) -> Generator[str]:
         """Run one turn, yielding its text as it comes and filling in `reply`.
 
         Closing the iterator closes the connection, which cancels the turn.

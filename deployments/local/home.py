@@ -145,11 +145,18 @@ class Home:
         """Atomic: readers see the old state or the new one."""
         self.root.mkdir(parents=True, exist_ok=True)
         temporary = self._state_file.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=0o600)  # a Redis URL may hold a password
         temporary.write_text(json.dumps(dataclasses.asdict(state)))
         temporary.replace(self._state_file)
 
     def clear_state(self) -> None:
         self._state_file.unlink(missing_ok=True)
+
+
+def this_process() -> ProcessMark:
+    """The mark of the process that asks."""
+    return ProcessMark.of(psutil.Process())
 
 
 def descendants(pid: int | None = None) -> tuple[ProcessMark, ...]:

@@ -1,0 +1,228 @@
+"""The `sinkserve` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from deployments.local.home import Home
+from engine_build.spec import WeightFormat
+
+CONSOLE = Console(highlight=False)
+ERRORS = Console(stderr=True, highlight=False)
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help."""
+    return "\n\n".join(("Examples:", *(f"[bold]{command}[/bold]" for command in commands)))
+
+
+app = typer.Typer(
+    name="sinkserve",
+    help="Endless conversations with a language model: constant memory, constant time per token.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url", envvar="SINKSERVE_URL", help="A service elsewhere. Default: the one here."
+    ),
+]
+ApiKey = Annotated[
+    str, typer.Option("--api-key", envvar="SINKSERVE_API_KEY", help="If the service asks for keys.")
+]
+
+
+def main() -> None:
+    """Entry point of the `sinkserve` command."""
+    app()
+
+
+@app.command(
+    epilog=examples(
+        "sinkserve up",
+        "sinkserve up --detach --replicas 1",
+        "sinkserve up --config my.yaml --redis redis://db:6379/0",
+    )
+)
+def up(
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return once it serves; it goes on behind.")
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Engines, each with its own conversations.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with fields of the service's configuration.")
+    ] = None,
+    redis: Annotated[
+        str | None, typer.Option(help="Keep conversations in this Redis or Valkey instead.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
+    capacity: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of a conversation the model sees.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Engine directory, or the name of a built-in model.")
+    ] = None,
+    behind: Annotated[bool, typer.Option("--behind", hidden=True)] = False,
+) -> None:
+    """Start the service on this machine and stay until Ctrl-C.
+
+    The first start downloads the demo model (about 90 MB) and builds its engine. Conversations are kept on
+    disk under $SINKSERVE_HOME (default ~/.sinkserve) and are there again at the next start.
+    """
+    from deployments.local import up as up_command
+
+    given = {
+        "replicas": replicas,
+        "redis_url": redis,
+        "host": host,
+        "port": port,
+        "capacity": capacity,
+        "model": model,
+    }
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = up_command.read_config(config, overrides)
+    home = Home.from_env()
+    if detach:
+        code = up_command.run_detached(home, CONSOLE, sys.argv[1:])
+    else:
+        code = up_command.run_foreground(home, settings, CONSOLE, behind=behind)
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(url: Url = "", api_key: ApiKey = "") -> None:
+    """Show whether the service is well, what it holds and how much it has done."""
+    from deployments.local import status as status_command
+
+    raise typer.Exit(status_command.show(Home.from_env(), CONSOLE, url, api_key))
+
+
+@app.command(
+    epilog=examples(
+        "sinkserve chat",
+        "sinkserve chat --system 'Answer in rhyme.'",
+        "echo Hello | sinkserve chat",
+    )
+)
+def chat(
+    conversation: Annotated[
+        str | None, typer.Option(help="Go on with this conversation instead of a new one.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; the model sees it for ever.")
+    ] = None,
+    url: Url = "",
+    api_key: ApiKey = "",
+) -> None:
+    """Talk to the model. Reads lines from a terminal or from a pipe.
+
+    Ctrl-C stops the reply that is being written. /help lists the commands.
+    """
+    from deployments.local.chat import Chat, piped_lines, terminal_lines
+    from deployments.local.client import ApiClient, ApiError
+
+    if conversation and system:
+        give_up("a conversation keeps the system prompt it began with: leave out --system")
+    home = Home.from_env()
+    on_terminal = sys.stdin.isatty()
+    read_line = terminal_lines(home.chat_history) if on_terminal else piped_lines
+    try:
+        with ApiClient(service_url(home, url), api_key) as client:
+            if on_terminal:
+                CONSOLE.print("/help lists the commands, Ctrl-D leaves", style="dim")
+            talk = Chat(client, CONSOLE, read_line, conversation, system)
+            talk.run()
+    except ApiError as error:
+        give_up(f"{error} ({error.code})", *advice_for(error.code))
+    raise typer.Exit(1 if talk.failed_turns and not on_terminal else 0)
+
+
+@app.command()
+def down() -> None:
+    """Stop the service on this machine. Running turns end first; conversations stay on disk."""
+    from deployments.local import up as up_command
+
+    raise typer.Exit(up_command.stop_running(Home.from_env(), CONSOLE))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, memory, disk, ports, the store, and the service if it runs."""
+    from deployments.local import status as status_command
+
+    raise typer.Exit(status_command.doctor(Home.from_env(), CONSOLE))
+
+
+@app.command(
+    epilog=examples(
+        "sinkserve build ./Qwen3-0.6B --out ./qwen",
+        "sinkserve up --model ./qwen",
+    )
+)
+def build(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Hugging Face folder (safetensors) or GGUF file."),
+    ],
+    out: Annotated[Path, typer.Option(help="Engine directory to write.")],
+    capacity: Annotated[
+        int, typer.Option(min=8, help="Tokens of a conversation the model sees.")
+    ] = 512,
+    max_chunk: Annotated[int, typer.Option(min=1, help="Tokens of one prefill step.")] = 64,
+    weights: Annotated[
+        WeightFormat, typer.Option(help="int8: fast and small; float32: exact.")
+    ] = "int8",
+) -> None:
+    """Turn a checkpoint into an engine directory that `sinkserve up --model` can serve."""
+    from deployments.local import build as build_command
+    from engine_build.build import BuildOptions
+
+    options = BuildOptions(capacity=capacity, max_chunk=max_chunk, weight_format=weights)
+    raise typer.Exit(build_command.run(source, out, options, CONSOLE))
+
+
+def service_url(home: Home, url: str) -> str:
+    """`url`, or that of the service on this machine; exits when there is none."""
+    if url:
+        return url
+    state = home.read_state()
+    if state is None or not home.is_running():
+        give_up("the service is not up", "start it: sinkserve up", "or name another: --url URL")
+    return state.url
+
+
+def advice_for(code: str) -> tuple[str, ...]:
+    """What to do next about an error of the service."""
+    advice = {
+        "unreachable": ("see: sinkserve status",),
+        "invalid_api_key": ("give a key: --api-key KEY, or set SINKSERVE_API_KEY",),
+        "conversation_not_found": ("start a new one: sinkserve chat",),
+        "not_ready": ("it may still be starting: sinkserve status",),
+    }
+    return advice.get(code, ())
+
+
+def give_up(problem: str, *next_steps: str) -> NoReturn:
+    """Print an error with what to do next, and exit with status 1."""
+    ERRORS.print(f"[red]error:[/red] {escape(problem)}", soft_wrap=True)
+    for step in next_steps:
+        ERRORS.print(f"  {escape(step)}", style="dim", soft_wrap=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""`sinkserve build`: a checkpoint becomes an engine directory, with progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from deployments.local.progress import Steps
+from engine_build.build import BuildOptions, build_engine
+from engine_build.manifest import ManifestError
+from engine_build.spec import SpecError
+
+
+def run(source: Path, out: Path, options: BuildOptions, console: Console) -> int:
+    """Build and say what to do next. Returns the exit status."""
+    if not source.exists():
+        console.print(f"[red]error:[/red] {escape(str(source))} does not exist", soft_wrap=True)
+        return 1
+    try:
+        with Steps(console).step(f"Building {escape(source.name)}") as step:
+            build_engine(source, out, options, step.update)
+    except (SpecError, ManifestError, OSError, ValueError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return 1
+    size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
+    console.print(f"{escape(str(out))}: {size / 1e6:,.0f} MB", soft_wrap=True)
+    console.print(f"serve it: sinkserve up --model {escape(str(out))}", soft_wrap=True)
+    return 0

@@ -1,0 +1,287 @@
+"""The whole service on one machine: weights, store, Ray, replicas and HTTP, in one foreground process.
+
+start()  clean up after a killed run -> preflight -> engine -> store -> Ray -> Serve -> healthy
+stop()   the same, backwards: running turns end first, and no process is left
+
+StartError      the service cannot start; says what to do
+StopRequested   SIGINT or SIGTERM came while it was starting
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from deployments.config import DEMO_MODEL, EMBEDDED, ServiceConfig
+from deployments.local.client import ApiClient, ApiError
+from deployments.local.home import (
+    Home,
+    ProcessMark,
+    ServiceState,
+    descendants,
+    end_processes,
+    this_process,
+)
+from deployments.local.progress import Step, Steps
+from engine_build.spec import SpecError
+
+APPLICATION = "sinkserve"
+HEALTHY_WITHIN_S = 180.0
+OBJECT_STORE_BYTES = 80 << 20  # close to Ray's minimum: tokens and text are all that passes
+NOTE_PROCESSES_EVERY_S = 5.0
+
+
+class StartError(Exception):
+    """The service cannot start. The message ends with what to do."""
+
+
+class StopRequested(BaseException):
+    """A signal asked a starting service to stop."""
+
+
+class LocalService:
+    """One service, started and stopped by the process that holds its home."""
+
+    def __init__(self, home: Home, config: ServiceConfig, steps: Steps) -> None:
+        self._home = home
+        self._config = config
+        self._steps = steps
+        self._undo = contextlib.ExitStack()
+        self._stop = threading.Event()
+        self._starting = True
+        self._stopping = False
+        self._seen: set[ProcessMark] = set()
+        self._state = ServiceState(
+            process=this_process(),
+            phase="starting",
+            url=f"http://{_reachable(config.host)}:{config.port}",
+            redis_url=config.redis_url,
+            ray_address="",
+            started_s=time.time(),
+        )
+
+    @property
+    def state(self) -> ServiceState:
+        return self._state
+
+    @property
+    def config(self) -> ServiceConfig:
+        """As started: with the engine's directory and the store's address filled in."""
+        return self._config
+
+    def start(self) -> None:
+        """Returns when a turn can be served. Raises StartError or StopRequested; call `stop` after."""
+        self._take_signals()
+        self._clean_up()
+        self._note("starting")
+        _require_free_port(self._config.host, self._config.port)
+        with self._steps.step("Checking this machine") as step:
+            self._preflight(step)
+        with self._steps.step("Preparing the model") as step:
+            self._prepare_engine(step)
+        with self._steps.step("Starting the conversation store") as step:
+            self._start_store(step)
+        with self._steps.step("Starting Ray") as step:
+            self._start_ray(step)
+        with self._steps.step(f"Starting {self._config.max_replicas} replicas") as step:
+            self._start_serve()
+            self._await_health()
+        self._note("ready")
+        self._starting = False
+
+    def wait(self) -> None:
+        """Returns when SIGINT or SIGTERM asks the service to stop."""
+        while not self._stop.wait(NOTE_PROCESSES_EVERY_S):
+            self._note("ready")
+
+    def stop(self) -> None:
+        """End everything that `start` began, also when it did not finish. Idempotent."""
+        self._stopping = True
+        self._note("stopping")
+        try:
+            self._undo.close()
+        finally:
+            end_processes(self._seen | set(descendants()))
+            self._home.clear_state()
+
+    def _take_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            end_processes(self._seen | set(descendants()), grace_s=1.0)
+            os._exit(128 + number)
+        self._stop.set()
+        if self._starting:
+            self._starting = False
+            raise StopRequested
+
+    def _note(self, phase: Any) -> None:
+        """Write down who we are and who our processes are, for `status`, `down` and a later clean-up."""
+        self._seen = {mark for mark in self._seen if mark.find()} | set(descendants())
+        processes = tuple(sorted(self._seen, key=lambda mark: mark.pid))
+        self._state = dataclasses.replace(self._state, phase=phase, processes=processes)
+        self._home.write_state(self._state)
+
+    def _clean_up(self) -> None:
+        """End what a killed run left behind; we hold the home, so nobody needs it."""
+        left = self._home.read_state()
+        if left is not None and end_processes(left.processes):
+            with self._steps.step("Cleaned up after a run that was killed"):
+                pass
+        sessions = sorted(self._home.ray_dir.glob("session_2*"))
+        for folder in sessions[:-1]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _preflight(self, step: Step) -> None:
+        from cluster import preflight
+
+        problems = [check for check in preflight.quick(self._home.root) if not check.ok]
+        if problems:
+            raise StartError("\n".join(f"{check.name}: {check.detail}" for check in problems))
+
+    def _prepare_engine(self, step: Step) -> None:
+        if self._config.model != DEMO_MODEL:
+            step.note = self._config.model
+            return
+        from engine_build.build import BuildOptions
+        from engine_build.demo import DemoModelError, ensure_demo_engine
+
+        config = self._config
+        options = BuildOptions(
+            capacity=config.capacity,
+            max_chunk=config.max_chunk,
+            weight_format=config.weight_format,
+        )
+        try:
+            ensure_demo_engine(self._home.root, options, step.update)
+        except (DemoModelError, SpecError, OSError) as error:
+            raise StartError(str(error)) from error
+        step.note = f"{config.model}, {config.weight_format}"
+
+    def _start_store(self, step: Step) -> None:
+        if self._config.redis_url != EMBEDDED:
+            step.note = "external"
+            return
+        from cluster import embedded
+
+        data = self._config.data_dir or self._home.data
+        self._undo.callback(embedded.stop, data)
+        try:
+            url = embedded.ensure_running(data)
+        except embedded.EmbeddedError as error:
+            raise StartError(str(error)) from error
+        self._config = self._config.model_copy(update={"redis_url": url})
+        step.note = relative(Path(data))
+
+    def _start_ray(self, step: Step) -> None:
+        # Ray listens on every interface; only processes that know the token may speak to it.
+        if not self._home.ray_token.exists():
+            self._home.ray_token.touch(mode=0o600)
+            self._home.ray_token.write_text(secrets.token_hex(32))
+        os.environ |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._home.ray_token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+        import ray
+
+        needed = self._config.max_replicas * self._config.cpus_per_replica
+        needed += self._config.ingress_replicas + 1
+        self._home.ray_dir.mkdir(mode=0o700, exist_ok=True)
+        self._undo.callback(ray.shutdown)
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=str(self._home.ray_dir),
+        )
+        self._take_signals()  # Ray has put its own SIGTERM handler in place
+        address = ray.get_runtime_context().gcs_address
+        self._state = dataclasses.replace(self._state, ray_address=address)
+        self._note("starting")
+
+    def _start_serve(self) -> None:
+        from ray import serve
+
+        from deployments.app import build
+
+        serve_log = logging.getLogger("ray.serve")
+        serve_log.setLevel(logging.ERROR)
+        self._undo.callback(serve.shutdown)
+        application = build(self._config.model_dump(mode="json", exclude_unset=True))
+        try:
+            serve.start(http_options={"host": self._config.host, "port": self._config.port})
+            serve.run(application, name=APPLICATION, route_prefix="/")
+        except (RuntimeError, ray_errors()) as error:
+            raise StartError(
+                f"the replicas did not start: {error}\n"
+                f"Their logs: {self._home.ray_dir}/session_latest/logs/serve"
+            ) from error
+        self._note("starting")
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + HEALTHY_WITHIN_S
+        with ApiClient(self._state.url, timeout_s=10.0) as client:
+            problem: object = "no answer"
+            while time.monotonic() < deadline:
+                try:
+                    well, health = client.health()
+                    if well:
+                        return
+                    problem = health.get("error", {}).get("message", problem)
+                except ApiError as error:
+                    problem = error
+                time.sleep(0.2)
+        raise StartError(
+            f"{self._state.url}/healthz is not well after {HEALTHY_WITHIN_S:.0f} s: {problem}. "
+            f"Logs: {self._home.ray_dir}/session_latest/logs/serve"
+        )
+
+
+def ray_errors() -> type[Exception]:
+    """The base of Ray's own exceptions."""
+    from ray.exceptions import RayError
+
+    return RayError
+
+
+def _reachable(host: str) -> str:
+    """The host to connect to for a service that listens on `host`."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{shown}]" if ":" in shown else shown
+
+
+def _require_free_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartError(
+                f"port {port} on {host} cannot be used ({error.strerror}). Choose another: "
+                "sinkserve up --port N"
+            ) from error
+
+
+def relative(path: Path) -> str:
+    """The shorter way to write a path: absolute, or from where the user stands."""
+    return min(str(path), os.path.relpath(path), key=len)
