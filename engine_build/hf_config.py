@@ -25,6 +25,7 @@ SUPPORTED = "Supported: " + ", ".join(ARCHITECTURES.values())
 QWEN3_HEAD_DIM = 128
 DEFAULT_THETA = 10_000.0
 DEFAULT_RMS_NORM_EPS = 1e-6
+DEFAULT_SLIDING_WINDOW = 4096
 DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
 
 
@@ -143,13 +144,10 @@ def _refuse_unsupported(fields: Fields, family: str) -> None:
 def _refuse_sliding_window(fields: Fields, family: str) -> None:
     values = fields.values
     fix = "Use a model with full attention in all layers"
-    if family == "mistral" and "sliding_window" not in values:
-        raise fields.refuse("sliding_window", "is missing, which means 4096 for Mistral", fix)
     in_effect = family == "mistral" or fields.flag("use_sliding_window", False)
-    if in_effect and values.get("sliding_window") is not None:
-        raise fields.refuse(
-            "sliding_window", f"a window of {values['sliding_window']!r} is in effect", fix
-        )
+    window = values.get("sliding_window", DEFAULT_SLIDING_WINDOW)
+    if in_effect and window is not None:
+        raise fields.refuse("sliding_window", f"a window of {window!r} is in effect", fix)
     if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
         raise fields.refuse("layer_types", "not all layers have full attention", fix)
 

@@ -1,0 +1,46 @@
+"""Fixtures that several test files share. Everything heavy is built once per machine and kept.
+
+Builds are imported where they are used: most test files need none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_cache() -> Path:
+    """A folder kept between runs: $SINKSERVE_TEST_CACHE, else .cache in the repository."""
+    default = Path(__file__).resolve().parent.parent / ".cache"
+    return Path(os.environ.get("SINKSERVE_TEST_CACHE") or default)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(test_cache: Path) -> Path:
+    """The demo model's GGUF file, fetched once behind a file lock."""
+    from engine_build.demo import fetch_demo_model
+
+    return fetch_demo_model(test_cache)
+
+
+@pytest.fixture(scope="session")
+def demo_engine_dir(test_cache: Path) -> Path:
+    """The demo model's int8 CPU engine at capacity 512, built once behind a file lock."""
+    from engine_build.demo import ensure_demo_engine
+
+    return ensure_demo_engine(test_cache)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 engine of the tiny random Llama, capacity 32, with its byte-level tokenizer."""
+    from engine_build.build import BuildOptions, build_engine
+    from tests.tiny_models import write_hf_folder
+
+    folder = tmp_path_factory.mktemp("tiny")
+    model = write_hf_folder(folder / "model", "llama")
+    options = BuildOptions(capacity=32, max_chunk=16, weight_format="float32")
+    return build_engine(model, folder / "engine", options)
