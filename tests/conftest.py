@@ -12,26 +12,26 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def test_cache() -> Path:
+def cache_folder() -> Path:
     """A folder kept between runs: $SINKSERVE_TEST_CACHE, else .cache in the repository."""
     default = Path(__file__).resolve().parent.parent / ".cache"
     return Path(os.environ.get("SINKSERVE_TEST_CACHE") or default)
 
 
 @pytest.fixture(scope="session")
-def demo_gguf(test_cache: Path) -> Path:
+def demo_gguf(cache_folder: Path) -> Path:
     """The demo model's GGUF file, fetched once behind a file lock."""
     from engine_build.demo import fetch_demo_model
 
-    return fetch_demo_model(test_cache)
+    return fetch_demo_model(cache_folder)
 
 
 @pytest.fixture(scope="session")
-def demo_engine_dir(test_cache: Path) -> Path:
+def demo_engine_dir(cache_folder: Path) -> Path:
     """The demo model's int8 CPU engine at capacity 512, built once behind a file lock."""
     from engine_build.demo import ensure_demo_engine
 
-    return ensure_demo_engine(test_cache)
+    return ensure_demo_engine(cache_folder)
 
 
 @pytest.fixture(scope="session")
