@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.valkey_fixture import redis_url as redis_url
+from tests.valkey_fixture import valkey_server as valkey_server
+
 
 @pytest.fixture(scope="session")
 def cache_folder() -> Path:
