@@ -25,7 +25,6 @@ from deployments.local.home import Home, HomeBusy, end_processes
 from deployments.local.progress import Steps
 from deployments.local.service import LocalService, StartError, StopRequested
 
-LOG_TAIL_LINES = 20
 STOP_WITHIN_S = 90.0
 
 
@@ -193,13 +192,17 @@ def _already_up(home: Home, console: Console) -> int:
 
 
 def _fields_of(document: Any) -> dict[str, Any]:
-    if document is None:
-        return {}
-    if isinstance(document, dict) and "applications" in document:
-        document = document["applications"][0].get("args", {})
-    if not isinstance(document, dict):
-        raise ConfigError(["the file must hold `field: value` lines. See serve_config.yaml"])
-    return {str(name): value for name, value in document.items()}
+    """The configuration in a YAML document: the document itself, or its first application's args."""
+    match document:
+        case None:
+            return {}
+        case {"applications": [{"args": dict(fields)}, *_]}:
+            pass
+        case dict(fields) if "applications" not in document:
+            pass
+        case _:
+            raise ConfigError(["the file must hold `field: value` lines. See serve_config.yaml"])
+    return {str(name): value for name, value in fields.items()}
 
 
 def _refuse(problems: Sequence[str]) -> NoReturn:
