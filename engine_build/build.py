@@ -37,9 +37,6 @@ from engine_build.manifest import (
 from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat
 from engine_build.tensors import Checkpoint
 
-# Raise it when a change to this package makes other weights, graphs or text files of the same model.
-BUILD_VERSION = 1
-
 SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors")
 
 Progress = Callable[[str, float], None]
@@ -130,12 +127,13 @@ def _convert(
 
 
 def _build_key(source: Path, options: BuildOptions) -> str:
-    """SHA-256 over what decides the weights, graph and text files, and nothing else."""
+    """SHA-256 over what decides the weights, graph and text files: model, options, this package."""
     if source.is_dir():
         files = sorted(path for path in source.iterdir() if path.suffix in SOURCE_SUFFIXES)
     else:
         files = [source] if source.is_file() else []
-    parts = [str(BUILD_VERSION), options.weight_format, options.target]
+    files += sorted(Path(__file__).parent.glob("*.py"))
+    parts: list[str] = [options.weight_format, options.target]
     parts += [f"{file.name} {sha256_of(file)}" for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

