@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +162,9 @@ class EngineSpec:
             raise SpecError("capacity", f"{self.capacity} is too small", "Use at least 8 tokens")
         if self.max_chunk < 1:
             raise SpecError("max_chunk", f"{self.max_chunk} is not positive", "Use 16 to 512")
+        if self.weight_format not in get_args(WeightFormat):
+            formats = ", ".join(get_args(WeightFormat))
+            raise SpecError("weight_format", f"{self.weight_format!r} is unknown", f"Use {formats}")
 
     @property
     def slot_tokens(self) -> int:
@@ -189,13 +192,19 @@ class EngineSpec:
 
     @classmethod
     def from_json(cls, text: str) -> EngineSpec:
-        """Inverse of `to_json`. Raises SpecError for another version or a missing field."""
-        fields: dict[str, Any] = json.loads(text)
+        """Inverse of `to_json`. Raises SpecError for another version or anything damaged."""
+        again = "Build the engine again with `sinkserve build`"
+        try:
+            fields: Any = json.loads(text)
+        except ValueError as error:
+            raise SpecError("spec.json", f"not valid JSON: {error}", again) from error
+        if not isinstance(fields, dict):
+            raise SpecError("spec.json", "is not a JSON object", again)
         if fields.get("version") != SPEC_VERSION:
             raise SpecError(
                 "spec.version",
                 f"{fields.get('version')!r}, this release reads {SPEC_VERSION}",
-                "Build the engine again with `sinkserve build`",
+                again,
             )
         try:
             model: Mapping[str, Any] = fields.pop("model")
@@ -204,6 +213,4 @@ class EngineSpec:
             rope = dataclasses.replace(rope, frequency_divisors=divisors)
             return cls(model=ModelShape(**{**model, "rope": rope}), **fields)
         except (KeyError, TypeError) as error:
-            raise SpecError(
-                "spec.json", str(error), "Build the engine again with `sinkserve build`"
-            ) from error
+            raise SpecError("spec.json", str(error), again) from error

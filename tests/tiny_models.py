@@ -296,7 +296,7 @@ def write_gguf(
     """
     config = tiny_config(family)
     tensors = tiny_tensors(family) if tensors is None else tensors
-    arch = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    arch = "llama" if config["model_type"] == "mistral" else str(config["model_type"])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     file.parent.mkdir(parents=True, exist_ok=True)

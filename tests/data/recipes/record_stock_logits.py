@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.tiny_models import FAMILIES, tiny_config, tiny_token_ids, write_hf_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from tests.tiny_models import FAMILIES, tiny_config, tiny_token_ids, write_hf_folder
 
 DATA = Path(__file__).resolve().parent.parent
 TINY_TOKENS = 48
