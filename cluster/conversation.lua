@@ -271,10 +271,10 @@ local function delete(keys, args)
   return { 'OK' }
 end
 
--- keys: a history key. args: conversation_id turn ttl
+-- keys: a history key. args: entry ttl
 local function remember(keys, args)
-  local at = int(math.ceil((clock() + tonumber(args[3])) / 1000))
-  redis.call('SET', keys[1], args[2] .. ' ' .. args[1], 'PXAT', at)
+  local at = int(math.ceil((clock() + tonumber(args[2])) / 1000))
+  redis.call('SET', keys[1], args[1], 'PXAT', at)
   return { 'OK' }
 end
 

@@ -76,10 +76,18 @@ class _Home:
         """The server's process, if it lives."""
         try:
             process = psutil.Process(int(self.pid_file.read_text()))
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return process if alive and Path(process.cwd()) == self.directory else None
         except (FileNotFoundError, ValueError, psutil.Error):
             return None
+        return process if self.is_alive(process) else None
+
+    def is_alive(self, process: psutil.Process) -> bool:
+        """Whether `process` is this server and not a zombie or another under a reused id."""
+        try:
+            return (
+                process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == self.directory
+            )
+        except psutil.Error:
+            return False
 
     def log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -124,12 +132,13 @@ def stop(data_dir: str | os.PathLike[str]) -> bool:
                 client.shutdown()
         except redis.RedisError:
             process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except psutil.TimeoutExpired as error:
-            raise EmbeddedError(
-                f"the store's process {process.pid} does not end; see {home.log}"
-            ) from error
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while home.is_alive(process):
+            if time.monotonic() > deadline_s:
+                raise EmbeddedError(
+                    f"the store's process {process.pid} does not end: see {home.log}"
+                )
+            time.sleep(_POLL_S)
         return True
 
 

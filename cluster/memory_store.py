@@ -80,7 +80,7 @@ class MemoryStore:
         self._limits = limits or StoreLimits()
         self._clock = clock
         self._records: dict[str, Record] = {}
-        self._histories: dict[tuple[str, str], HistoryMatch] = {}
+        self._histories: dict[tuple[str, str], tuple[HistoryMatch, Record]] = {}
 
     async def create(self, new: NewConversation) -> Conversation:
         self._limits.check_metadata(new.metadata)
@@ -156,9 +156,8 @@ class MemoryStore:
             record.updated_s = self._clock()
             self._append(record, commit.messages)
             self._end(record, commit.fence, "commit")
-            self._histories[commit.tenant, commit.history] = HistoryMatch(
-                commit.conversation_id, record.turn
-            )
+            match = HistoryMatch(commit.conversation_id, record.turn)
+            self._histories[commit.tenant, commit.history] = match, record
         return self._view(record)
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:
@@ -172,9 +171,8 @@ class MemoryStore:
         del self._records[conversation_id]
 
     async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
-        match = self._histories.get((tenant, history))
-        record = self._find(match.conversation_id) if match else None
-        if match is None or record is None or record.new.tenant != tenant:
+        match, record = self._histories.get((tenant, history), (None, None))
+        if match is None or record is None or self._find(match.conversation_id) is not record:
             return None
         return match if self._still_true(record, match, history) else None
 

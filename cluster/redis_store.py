@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -162,13 +162,12 @@ class RedisStore:
             commit.conversation_id,
         )
         conversation = _conversation(commit.conversation_id, answer[0])
+        entry = json.dumps(_index_entry(conversation, conversation.turn))
         try:
-            await self._call(
-                "remember",
-                [_history_key(commit.tenant, commit.history)],
-                [commit.conversation_id, conversation.turn, ttl],
+            await asyncio.gather(
+                self._call("remember", [_history_key(commit.tenant, commit.history)], [entry, ttl]),
+                self._call("keep", [_tenant_key(commit.tenant)], [2 * ttl]),
             )
-            await self._call("keep", [_tenant_key(commit.tenant)], [2 * ttl])
         except StoreUnavailable as error:
             log.warning("turn committed, but its history cannot be matched: %s", error)
         return conversation
@@ -198,15 +197,17 @@ class RedisStore:
         entry = await self._functions.get(_history_key(tenant, history))
         if entry is None:
             return None
-        turn, conversation_id = entry.decode().split(" ")
-        match = HistoryMatch(conversation_id, int(turn))
+        conversation_id, turn, created = json.loads(entry)
         try:
             now = await self.get(tenant, conversation_id)
         except NotFound:
             return None
-        if now.turn == match.turn:
-            return match if now.history == history else None
-        return match if now.turn > match.turn else None
+        # The index is not written in one step with the record, so the record has the last word.
+        if [conversation_id, turn, created] != _index_entry(now, turn) or now.turn < turn:
+            return None
+        if now.turn == turn and now.history != history:
+            return None
+        return HistoryMatch(conversation_id, turn)
 
     async def ping(self) -> float:
         start_s = time.perf_counter()
@@ -265,6 +266,11 @@ def _micros(seconds: float) -> int:
 def _identity(new: NewConversation) -> str:
     """Tells a repeated `create` from another conversation under the same id."""
     return hashlib.sha256(json.dumps(dataclasses.asdict(new), sort_keys=True).encode()).hexdigest()
+
+
+def _index_entry(conversation: Conversation, turn: int) -> list[Any]:
+    """Names a turn of this life of the conversation: its id may be created again."""
+    return [conversation.conversation_id, turn, conversation.created_s]
 
 
 def _pack(ids: TokenIds) -> bytes:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.valkey_fixture import redis_url as redis_url
-from tests.valkey_fixture import valkey_server as valkey_server
+from tests.valkey_fixture import redis_url, valkey_server
+
+__all__ = ["redis_url", "valkey_server"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,87 @@
+"""Stores whose clock a test moves by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self, cast
+
+import redis
+
+from cluster.memory_store import MemoryStore
+from cluster.redis_functions import FunctionClient, RedisOptions, library_text
+from cluster.redis_store import RedisStore
+from cluster.store import StoreLimits
+from tests.valkey_fixture import ValkeyServer
+
+CLOCK_KEY = "test:clock"
+
+
+@dataclass(slots=True)
+class HandClock:
+    """Seconds since an arbitrary start."""
+
+    now_s: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass(slots=True)
+class MemoryEnv:
+    """The reference in a test's hands."""
+
+    store: MemoryStore
+    clock: HandClock
+
+    @classmethod
+    def make(cls, limits: StoreLimits, kind: Callable[..., MemoryStore] = MemoryStore) -> MemoryEnv:
+        clock = HandClock()
+        return cls(kind(limits, clock), clock)
+
+    async def advance(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+
+    async def record_bytes(self, conversation_id: str) -> int:
+        record = self.store._records[conversation_id]
+        running = record.running.input_ids.nbytes if record.running else 0
+        return record.replay.sink_ids.nbytes + record.replay.recent_ids.nbytes + running
+
+
+@dataclass(slots=True)
+class RedisEnv:
+    """A real server whose functions read the time plus an offset kept in a key."""
+
+    store: RedisStore
+    client: redis.Redis
+
+    @classmethod
+    async def make(cls, server: ValkeyServer, limits: StoreLimits) -> Self:
+        functions = await FunctionClient.connect(
+            server.url, RedisOptions(timeout_s=10.0), movable_clock(library_text())
+        )
+        return cls(RedisStore(functions, limits), server.client())
+
+    async def advance(self, seconds: float) -> None:
+        offset = self.client.incrby(CLOCK_KEY, round(seconds * 1e6))
+        now_ms = self.client.time()[0] * 1000 + int(offset) // 1000
+        for key in self.client.keys("sinkserve:*"):
+            if 0 <= self.client.pexpiretime(key) <= now_ms:
+                self.client.delete(key)
+
+    async def record_bytes(self, conversation_id: str) -> int:
+        key = f"sinkserve:{{{conversation_id}}}:rec"
+        return cast(int, self.client.memory_usage(key, samples=0))
+
+    async def close(self) -> None:
+        await self.store.close()
+        self.client.close()
+
+
+def movable_clock(library: str) -> str:
+    """The library with a clock that a test can move forward."""
+    reading = "tonumber(time[1]) * 1000000 + tonumber(time[2])"
+    if library.count(reading) != 1:
+        raise ValueError("the library reads the time in another way now: change movable_clock")
+    offset = f"tonumber(redis.call('GET', '{CLOCK_KEY}') or 0)"
+    return library.replace(reading, f"{reading} + {offset}")
