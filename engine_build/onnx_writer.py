@@ -1,0 +1,130 @@
+"""Writes ONNX graphs: nodes, constants, and weights that live in another file.
+
+A weight is declared by name, type and shape; its bytes are found in a safetensors file when the model
+is made, so graph and weights are never two copies of one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+MICROSOFT = "com.microsoft"
+_OPSETS = (("", 24), (MICROSOFT, 1))
+_IR_VERSION = 11
+
+Dimension = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAt:
+    """Where a weight's bytes are in the weights file."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A weight: element type, shape, and the weight whose bytes it is (itself unless an alias)."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    bytes_of: str
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class GraphWriter:
+    """Collects a graph. Names of nodes and values are counted, so equal input gives equal output."""
+
+    weights: dict[str, Declared] = field(default_factory=dict)
+    _nodes: list[onnx.NodeProto] = field(default_factory=list)
+    _constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    _inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    _outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+
+    def input(self, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> str:
+        """Declare a graph input."""
+        self._inputs.append(_value(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> None:
+        """Declare that the value `name` is a graph output."""
+        self._outputs.append(_value(name, dtype, shape))
+
+    def weight(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> str:
+        """Declare a weight of the weights file; declaring it again is no error."""
+        self.weights.setdefault(name, Declared(np.dtype(dtype), shape, name))
+        return name
+
+    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
+        """Declare another shape for the bytes of the weight `of`."""
+        self.weights[name] = Declared(self.weights[of].dtype, shape, of)
+        return name
+
+    def constant(self, values: Sequence[int]) -> str:
+        """An int64 vector that is part of the graph."""
+        name = "const_" + "_".join(str(value).replace("-", "m") for value in values)
+        if name not in self._constants:
+            self._constants[name] = numpy_helper.from_array(np.array(values, np.int64), name)
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return its name. `output` sets that name."""
+        (name,) = self.nodes(op, inputs, 1, domain, **attributes)
+        return name
+
+    def nodes(
+        self, op: str, inputs: Sequence[str], outputs: int, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Add a node with several outputs; names given as `output_names` replace counted ones."""
+        label = f"{op}.{len(self._nodes)}"
+        names = attributes.pop("output_names", None) or [f"{label}:{i}" for i in range(outputs)]
+        node = helper.make_node(op, inputs, names, name=label, domain=domain, **attributes)
+        self._nodes.append(node)
+        return list(names)
+
+    def model(self, name: str, file: str, stored: Mapping[str, StoredAt]) -> onnx.ModelProto:
+        """The finished model, its weights at `stored` places of `file` (relative to the model)."""
+        weights = [
+            _external(weight, declared, file, stored[declared.bytes_of])
+            for weight, declared in self.weights.items()
+        ]
+        graph = helper.make_graph(
+            self._nodes, name, self._inputs, self._outputs, [*self._constants.values(), *weights]
+        )
+        opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS]
+        return helper.make_model(
+            graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="sinkserve"
+        )
+
+
+def _value(
+    name: str, dtype: type[np.generic], shape: Sequence[Dimension]
+) -> onnx.ValueInfoProto:
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return helper.make_tensor_value_info(name, element, list(shape))
+
+
+def _external(name: str, declared: Declared, file: str, at: StoredAt) -> onnx.TensorProto:
+    tensor = TensorProto(
+        name=name,
+        data_type=helper.np_dtype_to_tensor_dtype(declared.dtype),
+        dims=declared.shape,
+        data_location=TensorProto.EXTERNAL,
+    )
+    entries = {"location": file, "offset": at.offset, "length": at.length}
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
