@@ -173,8 +173,6 @@ class EngineLoop:
             self._next_number += 1
             self._turns[request.conversation_id] = turn
             self._waiting.append(turn)
-            # A turn in the queue should still find its slot when it gets there.
-            self._residency.touch(request.conversation_id)
             self._wake.notify_all()
         return TurnHandle(self, turn)
 
@@ -247,7 +245,7 @@ class EngineLoop:
         with self._lock:
             self._scheduler.check_integrity()
             self._residency.check_integrity()
-            if self._scheduler.num_running != len(self._running):
+            if self._dead is None and self._scheduler.num_running != len(self._running):
                 raise RuntimeError("the scheduler runs other turns than the loop")
             for turn in self._running.values():
                 if not self._residency.is_dirty(turn.request.conversation_id):
@@ -360,7 +358,10 @@ class EngineLoop:
             if self._residency.is_dirty(turn.request.conversation_id):
                 break
             request = turn.request
-            lease = self._residency.acquire(request.conversation_id, request.head, request.window)
+            # Turns further down the queue should still find their slots when they get there.
+            lease = self._residency.acquire(
+                request.conversation_id, request.head, request.window, expected=self._turns
+            )
             if lease is None:
                 break
             self._waiting.popleft()

@@ -10,6 +10,7 @@ valid for the one head (hash of the conversation) under which it was settled.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from engine.window import SinkWindow
@@ -87,14 +88,18 @@ class Residency:
         latest = list(self._clean.items())[::-1][:limit]
         return tuple(Resident(name, slot.head, slot.length) for name, slot in latest)
 
-    def touch(self, conversation_id: str) -> None:
-        """Make a clean slot the last to be evicted; no effect on any other conversation."""
-        if conversation_id in self._clean:
-            self._clean[conversation_id] = self._clean.pop(conversation_id)
-
-    def acquire(self, conversation_id: str, head: str, window: SinkWindow) -> Lease | None:
+    def acquire(
+        self,
+        conversation_id: str,
+        head: str,
+        window: SinkWindow,
+        expected: Container[str] = (),
+    ) -> Lease | None:
         """A dirty slot for a turn that starts from `head`: its own one, a free one, or the clean one
-        used longest ago. None while all others are dirty. Raises KeyError if it has a dirty one."""
+        used longest ago, if possible of a conversation that is not `expected` back soon.
+
+        None while all others are dirty. Raises KeyError if the conversation has a dirty slot.
+        """
         if conversation_id in self._dirty:
             raise KeyError(f"{conversation_id} has a dirty slot")
         own = self._clean.pop(conversation_id, None)
@@ -108,7 +113,8 @@ class Residency:
         if self._free:
             kv_slot = self._free.pop()
         elif self._clean:
-            evicted = next(iter(self._clean))
+            oldest = next(iter(self._clean))
+            evicted = next((name for name in self._clean if name not in expected), oldest)
             kv_slot = self._clean.pop(evicted).kv_slot
         else:
             return None

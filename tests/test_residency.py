@@ -49,14 +49,15 @@ def test_the_slot_used_longest_ago_is_evicted() -> None:
     residency.check_integrity()
 
 
-def test_touching_saves_a_slot_from_being_next() -> None:
-    residency = Residency(2)
-    for name in "ab":
+def test_conversations_that_are_expected_back_are_evicted_last() -> None:
+    residency = Residency(3)
+    for name in "abc":
         run_turn(residency, name)
-    residency.touch("a")
-    residency.touch("unknown")
-    assert [resident.conversation_id for resident in residency.residents(9)] == ["a", "b"]
-    assert acquire(residency, "c").evicted == "b"
+    assert [one.conversation_id for one in residency.residents(2)] == ["c", "b"]
+    for evicted in "cab":
+        lease = residency.acquire(f"not {evicted}", "h0", WINDOW, expected="ab")
+        assert lease is not None
+        assert lease.evicted == evicted
 
 
 def test_dirty_slots_are_never_evicted() -> None:
@@ -255,14 +256,6 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert self.residency.settle(name, head, length - back) == exact
         if exact:
             self.clean.append((name, head, to_length, kv_slot))
-
-    @rule(name=NAMES)
-    def touch(self, name: str) -> None:
-        self.residency.touch(name)
-        own = self.clean_of(name)
-        if own:
-            self.clean.remove(own)
-            self.clean.append(own)
 
     @precondition(lambda self: self.dirty)
     @rule(data=st.data())
