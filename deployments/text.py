@@ -9,7 +9,6 @@ chat template applied to its transcript, with each reply as the model wrote it:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from cluster.conversation import Message, TokenIds
 from deployments.errors import ErrorInfo, ServiceError
 from deployments.text_stream import StopWatch, TextStream, TokenBytes, byte_alphabet
+from deployments.turn_progress import ClosedReply
 from engine.toy_engine import BOS, END_OF_TURN, EOS
 from engine_build.chat import ROLES, START, ChatPieces, ChatRolesError, Run, SlotPart
 from engine_build.text_runs import RunEncoder
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyText:
-    """A reply as it is shown and as it is committed: `output_ids` decode to `text`. int32."""
-
-    text: str
-    output_ids: TokenIds
 
 
 class ChatCodec:
@@ -126,29 +118,20 @@ class ChatCodec:
 
     # The end of a reply.
 
-    def committed(
-        self, output_ids: Sequence[int] | TokenIds, stop: Sequence[str] = ()
-    ) -> ReplyText:
+    def close_reply(self, sampled: Sequence[int], stop: Sequence[str] = ()) -> ClosedReply:
         """A sampled reply as it is to be committed.
 
-        Cut before the first stop string: whole tokens before the cut as they are, the rest encoded
-        again, so that the ids decode to the text shown. An end token that the template does not use is
-        dropped.
+        The end token, if sampled, goes: the closing ids bring the template's own. A reply with a stop
+        string is cut before it: whole tokens before the cut as they are, the rest encoded again, so that
+        the ids decode to the text shown.
         """
-        ids = [int(token_id) for token_id in output_ids]
+        ids = list(sampled)
         text, stopped = self._shown(ids, stop)
         if stopped:
             ids = self._recut(ids, text)
-        elif ids and ids[-1] in self.eos_ids and ids[-1] not in self._closing:
+        elif ids and ids[-1] in self.eos_ids:
             del ids[-1]
-        return ReplyText(text, _int32(ids))
-
-    def closing_ids(self, output_ids: Sequence[int] | TokenIds) -> TokenIds:
-        """What the template puts behind a committed reply and the reply does not hold yet. int32."""
-        last = int(output_ids[-1]) if len(output_ids) else None
-        if last in self.eos_ids and last in self._closing:
-            return _int32(self._closing[self._closing.index(last) + 1 :])
-        return _int32(self._closing)
+        return ClosedReply(_int32(ids), _int32(self._closing), text)
 
     def _shown(self, token_ids: Sequence[int] | TokenIds, stop: Sequence[str]) -> tuple[str, bool]:
         stream = self.text_stream(stop)
@@ -166,14 +149,14 @@ class ChatCodec:
                 break
             if stream.is_between_characters:
                 cuts.append((number, length))
+        best: list[int] | None = None
         for kept, shown in reversed(cuts):
-            rest = text[shown:]
-            recut = ids[:kept]
-            if rest:
-                recut += self._encoder.encode([Run(rest, plain=True)], inside=kept > 0)
+            rest = Run(text[shown:], plain=True)
+            recut = ids[:kept] + self._encoder.encode([rest], inside=kept > 0)
             if self.decode(recut) == text:
                 return recut
-        return ids
+            best = best or recut
+        return best or []  # only a tokenizer that normalizes text gets here
 
 
 def _refusal(error: ChatRolesError) -> ServiceError:
@@ -214,7 +197,6 @@ def _byte_pieces() -> ChatPieces:
         closing="<|end_of_turn|>",
         reply_only="",
         pinned={START: (Run("<|bos|>"),)},
-        trim=dict.fromkeys(ROLES, "none"),
         nonempty=frozenset(),
         eos_ids=(EOS, END_OF_TURN),
     )

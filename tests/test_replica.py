@@ -1,0 +1,588 @@
+"""A replica's turns end to end without Ray: toy engine, memory store, the slow oracle's replies."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.conversation import BeginTurn, Conversation, Fence, TurnCommit
+from cluster.memory_store import MemoryStore
+from cluster.store import Conflict, Fenced, StoreUnavailable
+from deployments.config import Limits, Tunables
+from deployments.turn_call import TurnAccepted, TurnDone, TurnTokens
+from deployments.turn_runner import TurnRunner
+from engine.protocol import EngineDead, RowResult, StepPlan, StepResult
+from engine.toy_engine import ToyEngine
+from tests.toy_service import (
+    SPEC,
+    TENANT,
+    TEXT,
+    Talk,
+    make_runner,
+    refusal,
+    run_turn,
+    until,
+)
+
+Scenario = Callable[[], Awaitable[None]]
+
+
+def run(scenario: Scenario) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(scenario(), 60)
+
+    asyncio.run(bounded())
+
+
+def test_a_conversation_far_past_its_window_prefills_only_its_own_tokens() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store)
+        talk = await Talk(store).create()
+        for n in range(30):
+            before = len(talk.log)
+            done = await talk.say(runner, f"question {n}", max_tokens=12)
+            assert done.usage.recovery == "none"
+            assert done.usage.context_tokens == before
+            # All but the last sampled token and the closing ids were still there.
+            assert done.usage.prefill_tokens <= done.usage.input_tokens + 3
+            assert done.usage.evicted_tokens == max(0, len(talk.log) - SPEC.capacity)
+        record = await store.get(TENANT, talk.conversation_id)
+        assert (record.turn, record.head, record.history) == (30, talk.head, talk.history)
+        assert record.token_count == len(talk.log) > 10 * SPEC.capacity
+        assert record.owner == "r1"
+        assert set(done.timings) >= {"begin_s", "queue_s", "ttft_s", "commit_s", "turn_s"}
+        await runner.close()
+
+    run(scenario)
+
+
+def test_more_conversations_than_slots_are_restored_exactly() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store)
+        talks = [await Talk(store, sink_tokens=n % 3 * 4).create() for n in range(7)]
+        recoveries = set()
+        for n in range(12):
+            dones = await asyncio.gather(*(t.say(runner, f"{n}", max_tokens=15) for t in talks))
+            recoveries |= {done.usage.recovery for done in dones}
+        assert recoveries == {"none", "exact", "replay"}
+        await runner.close()
+
+    run(scenario)
+
+
+def test_another_replica_goes_on_where_the_first_one_died() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        first, second = make_runner(store, "r1"), make_runner(store, "r2")
+        talk = await Talk(store).create()
+        for n in range(6):
+            await talk.say(first, f"{n}")
+        done = await talk.say(second, "still there?")
+        assert done.usage.recovery == "replay"
+        assert done.usage.cached_tokens == 0
+        # The first one's slot is stale now, and its hash says so.
+        done = await talk.say(first, "and here?")
+        assert done.usage.recovery == "replay"
+        await first.close()
+        await second.close()
+
+    run(scenario)
+
+
+def test_items_stream_and_add_up() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk = await Talk(store).create()
+        call = talk.call("count", max_tokens=30, ignore_eos=True)
+        accepted, *tokens, done = await run_turn(runner, call)
+        assert accepted == TurnAccepted(1, "r1", "none")
+        assert isinstance(done, TurnDone)
+        assert len(tokens) > 3
+        seen: list[int] = []
+        for item in tokens:
+            assert isinstance(item, TurnTokens)
+            assert item.k == len(seen)
+            seen.extend(item.token_ids)
+        assert seen == talk.due(call)
+        assert done.usage.output_tokens == 30
+        await runner.close()
+
+    run(scenario)
+
+
+def test_the_end_token_is_neither_streamed_nor_in_the_reply() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store)
+        ended = 0
+        for seed in range(6):
+            talk = await Talk(store).create()
+            call = talk.call("hello", sampling=replace(talk.call("").sampling, seed=seed))
+            items = await run_turn(runner, call)
+            done = items[-1]
+            assert isinstance(done, TurnDone)
+            talk.accept(call, done)
+            shown = [t for i in items if isinstance(i, TurnTokens) for t in i.token_ids]
+            assert shown == done.output_ids.tolist()
+            if done.finish_reason == "stop":
+                ended += 1
+                assert done.usage.output_tokens == len(shown) + 1
+        assert ended > 0
+        await runner.close()
+
+    run(scenario)
+
+
+def test_stop_strings_cut_the_reply_and_the_next_turns_still_agree() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store)
+        talk = await Talk(store).create()
+        stopped = 0
+        for n in range(20):
+            call = talk.call(f"{n}", stop=("a", "e ", "xyz"))
+            done = await talk.say(runner, f"{n}", stop=("a", "e ", "xyz"))
+            stopped += done.finish_reason == "stop" and len(talk.due_text(call)) > 0
+            # A short cut is rewound in the slot: nothing but the new tokens is computed again.
+            assert done.usage.recovery == "none"
+        assert stopped > 5
+        await runner.close()
+
+    run(scenario)
+
+
+def test_logprobs_come_only_when_asked_for() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store)
+        talk = await Talk(store).create()
+        sampling = replace(talk.call("").sampling, logprobs=True, top_logprobs=2)
+        items = await run_turn(runner, talk.call("x", max_tokens=5, sampling=sampling))
+        tokens = [item for item in items if isinstance(item, TurnTokens)]
+        for item in tokens:
+            assert [pair[0].token_id for pair in item.logprobs] == list(item.token_ids)
+            assert all(len(pair[1]) == 2 for pair in item.logprobs)
+        await runner.close()
+
+    run(scenario)
+
+
+async def started(talk: Talk) -> None:
+    """Wait until a turn is claimed."""
+
+    async def check() -> bool:
+        return (await talk.store.get(TENANT, talk.conversation_id)).running
+
+    await until(check)
+
+
+async def until_one(runner: TurnRunner, what: str) -> None:
+    async def check() -> bool:
+        return runner.routing_stats()[what] == 1
+
+    await until(check)
+
+
+async def read_until_tokens(runner: TurnRunner, talk: Talk, text: str) -> Any:
+    """Start a turn and leave it in mid-stream: an open generator."""
+    items = runner.turn(talk.call(text, max_tokens=400, ignore_eos=True))
+    async for item in items:
+        if isinstance(item, TurnTokens):
+            return items
+    raise AssertionError("the turn ended")
+
+
+@pytest.mark.parametrize("turns_before", [0, 1, 12])
+def test_a_closed_stream_leaves_no_trace(turns_before: int) -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.001))
+        talk = await Talk(store).create()
+        for n in range(turns_before):
+            await talk.say(runner, f"{n}")
+        before = await store.get(TENANT, talk.conversation_id)
+        await (await read_until_tokens(runner, talk, "never mind")).aclose()
+        after = await store.get(TENANT, talk.conversation_id)
+        assert (after.turn, after.head, after.running) == (before.turn, before.head, False)
+        await talk.say(runner, "now this")
+        assert runner.stats().values["cancelled_turns"] == 1
+        await runner.close()
+
+    run(scenario)
+
+
+class SlowBegin(MemoryStore):
+    """`begin` takes effect, but its answer is late."""
+
+    async def begin(self, turn: BeginTurn) -> Any:
+        ownership = await super().begin(turn)
+        await asyncio.sleep(0.05)
+        return ownership
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.06, 0.1])
+def test_cancelling_at_any_time_gives_the_claim_back(after_s: float) -> None:
+    async def scenario() -> None:
+        store = SlowBegin()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.005))
+        talk = await Talk(store).create()
+        task = asyncio.create_task(run_turn(runner, talk.call("x", max_tokens=300)))
+        await asyncio.sleep(after_s)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await talk.idle()
+        await talk.say(runner, "again", max_tokens=5)
+        await runner.close()
+
+    run(scenario)
+
+
+def test_overlapping_turns_are_refused_and_harm_nothing() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        other = make_runner(store, "r2")
+        talk = await Talk(store).create()
+        call = talk.call("first", max_tokens=60, ignore_eos=True)
+        running = asyncio.create_task(run_turn(runner, call))
+        await started(talk)
+        assert await refusal(runner, talk.call("second")) == "conversation_busy"
+        assert await refusal(other, talk.call("third")) == "conversation_busy"
+        done = (await running)[-1]
+        assert isinstance(done, TurnDone)
+        talk.accept(call, done)
+        await talk.say(other, "fourth")
+        await runner.close()
+        await other.close()
+
+    run(scenario)
+
+
+def test_stale_foreign_and_missing_conversations_are_refused() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store)
+        talk = await Talk(store).create()
+        await talk.say(runner, "one")
+        assert await refusal(runner, talk.call("x", expect_turn=0)) == "turn_conflict"
+        assert await refusal(runner, talk.call("x", expect_head="0" * 64)) == "turn_conflict"
+        assert await refusal(runner, talk.call("x", tenant="other")) == "conversation_not_found"
+        other_model = await Talk(store).create(fingerprint="another")
+        assert await refusal(runner, other_model.call("x")) == "model_changed"
+        await talk.say(runner, "two", expect_turn=1, expect_head=talk.head)
+        await runner.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"input_ids": np.zeros(0, np.int32)}, "invalid_value"),
+        ({"input_ids": np.array([-1], np.int32)}, "invalid_value"),
+        ({"input_ids": np.array([259], np.int32)}, "invalid_value"),
+        ({"input_ids": np.zeros((2, 2), np.int32)}, "invalid_type"),
+        ({"input_ids": np.zeros(2, np.int64)}, "invalid_type"),
+        ({"input_ids": [1, 2]}, "invalid_type"),
+        ({"input_ids": np.zeros(501, np.int32)}, "input_too_long"),
+        ({"max_tokens": 0}, "invalid_value"),
+        ({"max_tokens": 10**9}, "invalid_value"),
+    ],
+)
+def test_calls_that_would_harm_the_engine_are_refused(fields: dict[str, Any], code: str) -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store)
+        talk = await Talk(store).create()
+        assert await refusal(runner, talk.call("x", **fields)) == code
+        await talk.say(runner, "fine")
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_long_turn_keeps_its_lease() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        tunables = Tunables.model_construct(limits=Limits(), lease_s=0.15)
+        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.01)
+        runner = make_runner(store, engine=engine, tunables=tunables)
+        talk = await Talk(store).create()
+        call = talk.call("long", max_tokens=60, ignore_eos=True)
+        running = asyncio.create_task(run_turn(runner, call))
+        await asyncio.sleep(0.05)
+        steal = BeginTurn(
+            talk.conversation_id, TENANT, "thief", call.input_ids, SPEC.fingerprint, 1.0
+        )
+        while not running.done():
+            with pytest.raises(Conflict):
+                await store.begin(steal)
+            await asyncio.sleep(0.02)
+        assert isinstance(running.result()[-1], TurnDone)
+        await runner.close()
+
+    run(scenario)
+
+
+class StealingStore(MemoryStore):
+    """Another owner appears at the first renewal."""
+
+    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
+        raise Fenced(conversation_id)
+
+
+def test_a_fenced_turn_shows_no_more_and_commits_nothing() -> None:
+    async def scenario() -> None:
+        store = StealingStore()
+        tunables = Tunables.model_construct(limits=Limits(), lease_s=0.1)
+        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.005)
+        runner = make_runner(store, engine=engine, tunables=tunables)
+        talk = await Talk(store).create()
+        assert await refusal(runner, talk.call("x", 400, ignore_eos=True)) == "replica_lost"
+        assert (await store.get(TENANT, talk.conversation_id)).turn == 0
+        runner.tunables = Tunables()
+        await talk.say(runner, "again", max_tokens=5)
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_turn_whose_lease_ran_out_makes_way_on_its_own_replica() -> None:
+    async def scenario() -> None:
+        now_s = 1000.0
+        store = MemoryStore(clock=lambda: now_s)
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk = await Talk(store).create()
+        await talk.say(runner, "one")
+        old = asyncio.create_task(run_turn(runner, talk.call("x", 4000, ignore_eos=True)))
+        await started(talk)
+        now_s += 100.0
+        await talk.say(runner, "two")
+        assert "replica_lost" in str((await old)[-1])
+        await runner.close()
+
+    run(scenario)
+
+
+class FlakyStore(MemoryStore):
+    """The first commit gets no answer; whether it took effect is for `applied` to say."""
+
+    applied = False
+    failed = False
+
+    async def commit(self, commit: TurnCommit) -> Conversation:
+        if not self.failed:
+            self.failed = True
+            if self.applied:
+                await super().commit(commit)
+            raise StoreUnavailable("no answer")
+        return await super().commit(commit)
+
+
+def test_a_commit_without_effect_is_as_if_the_turn_never_was() -> None:
+    async def scenario() -> None:
+        store = FlakyStore()
+        runner = make_runner(store)
+        talk = await Talk(store).create()
+        assert await refusal(runner, talk.call("x")) == "store_unavailable"
+        assert not (await store.get(TENANT, talk.conversation_id)).running
+        for n in range(5):
+            await talk.say(runner, f"{n}")
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_commit_whose_answer_was_lost_is_found_by_the_next_turn() -> None:
+    async def scenario() -> None:
+        store = FlakyStore()
+        store.applied = True
+        runner = make_runner(store)
+        talk = await Talk(store).create()
+        call = talk.call("x", max_tokens=9)
+        assert await refusal(runner, call) == "store_unavailable"
+        record = await store.get(TENANT, talk.conversation_id)
+        assert (record.turn, record.running) == (1, False)
+        await talk.adopt(call)
+        await talk.say(runner, "next")
+        await runner.close()
+
+    run(scenario)
+
+
+class BreakingEngine(ToyEngine):
+    """Fails as told, once."""
+
+    trouble: Exception | str | None = None
+
+    def step(self, plan: StepPlan) -> StepResult:
+        trouble, self.trouble = self.trouble, None
+        if isinstance(trouble, Exception):
+            raise trouble
+        if trouble is not None:
+            return StepResult(tuple(RowResult(failed=trouble) for _ in plan.rows))
+        return super().step(plan)
+
+
+def test_a_failed_turn_leaves_the_replica_well() -> None:
+    async def scenario() -> None:
+        store, engine = MemoryStore(), BreakingEngine(SPEC, 4, TEXT)
+        runner = make_runner(store, engine=engine)
+        talk = await Talk(store).create()
+        await talk.say(runner, "one")
+        engine.trouble = "NaN logits"
+        assert await refusal(runner, talk.call("x")) == "turn_failed"
+        runner.check_health(60.0)
+        await talk.say(runner, "two")
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_dead_engine_is_unhealthy_and_its_conversations_live_on() -> None:
+    async def scenario() -> None:
+        store, engine = MemoryStore(), BreakingEngine(SPEC, 4, TEXT)
+        runner, heir = make_runner(store, engine=engine), make_runner(store, "r2")
+        talk = await Talk(store).create()
+        await talk.say(runner, "one")
+        engine.trouble = EngineDead("out of memory")
+        assert await refusal(runner, talk.call("x")) == "replica_lost"
+        assert await refusal(runner, talk.call("x")) == "replica_lost"
+        with pytest.raises(RuntimeError, match="out of memory"):
+            runner.check_health(60.0)
+        await talk.say(heir, "two")
+        await runner.close()
+        await heir.close()
+
+    run(scenario)
+
+
+def test_a_step_that_hangs_is_unhealthy() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.3))
+        talk = await Talk(store).create()
+        running = asyncio.create_task(run_turn(runner, talk.call("x", max_tokens=1)))
+        await asyncio.sleep(0.1)
+        with pytest.raises(RuntimeError, match="step has been running"):
+            runner.check_health(0.01)
+        runner.check_health(60.0)
+        await running
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_late_turn_times_out_and_leaves_no_trace() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.01))
+        talk = await Talk(store).create()
+        late = talk.call("x", max_tokens=2000, ignore_eos=True, timeout_s=0.1)
+        assert await refusal(runner, late) == "timeout"
+        assert not (await store.get(TENANT, talk.conversation_id)).running
+        await talk.say(runner, "again", max_tokens=5)
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_full_queue_is_overloaded_and_recovers() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        engine = ToyEngine(SPEC, max_resident=1, text=TEXT, step_delay_s=0.002)
+        runner = make_runner(store, engine=engine, max_waiting=1)
+        talks = [await Talk(store).create() for _ in range(3)]
+        stream = await read_until_tokens(runner, talks[0], "holds the slot")
+        waiting = asyncio.create_task(talks[1].say(runner, "waits"))
+        await until_one(runner, "waiting")
+        assert await refusal(runner, talks[2].call("x")) == "overloaded"
+        await stream.aclose()
+        await waiting
+        await talks[2].say(runner, "now")
+        assert runner.routing_stats() == {
+            "free_slots": 0,
+            "running": 0,
+            "waiting": 0,
+            "draining": False,
+        }
+        await runner.close()
+
+    run(scenario)
+
+
+def test_closing_drains_running_turns_and_refuses_new_ones() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk, late = await Talk(store).create(), await Talk(store).create()
+        call = talk.call("x", max_tokens=50, ignore_eos=True)
+        running = asyncio.create_task(run_turn(runner, call))
+        await until_one(runner, "running")
+        closing = asyncio.create_task(runner.close(drain_s=30.0))
+        await asyncio.sleep(0)
+        assert await refusal(runner, late.call("x")) == "replica_lost"
+        done = (await running)[-1]
+        assert isinstance(done, TurnDone)
+        talk.accept(call, done)
+        await closing
+
+    run(scenario)
+
+
+def test_closing_without_time_gives_claims_back() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk = await Talk(store).create()
+        running = asyncio.create_task(run_turn(runner, talk.call("x", 4000, ignore_eos=True)))
+        await until_one(runner, "running")
+        await runner.close(drain_s=0.0)
+        assert "replica_lost" in str((await running)[-1])
+        assert not (await store.get(TENANT, talk.conversation_id)).running
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_turns_cancels_evictions_and_moves_always_agree_with_the_oracle(seed: int) -> None:
+    async def converse(talk: Talk, runners: list[TurnRunner], dice: random.Random) -> None:
+        for _ in range(25):
+            runner = dice.choice(runners) if dice.random() < 0.2 else runners[0]
+            stop = dice.choice([(), (), ("b",), ("the", "q ")])
+            text = "?" * dice.randrange(1, 70)
+            if dice.random() < 0.3:
+                call = talk.call(text, 200, stop)
+                task = asyncio.create_task(run_turn(runner, call))
+                await asyncio.sleep(dice.random() * 0.01)
+                task.cancel()
+                await asyncio.wait([task])
+                await talk.idle()
+                # Cancelled too late, the turn was committed all the same.
+                await talk.adopt(call)
+                continue
+            await talk.say(runner, text, max_tokens=dice.randrange(1, 30), stop=stop)
+
+    async def scenario() -> None:
+        dice = random.Random(seed)
+        store = MemoryStore()
+        runners = [make_runner(store, name) for name in ("r1", "r2")]
+        talks = [await Talk(store, sink_tokens=dice.randrange(0, 20)).create() for _ in range(6)]
+        await asyncio.gather(
+            *(converse(talk, runners, random.Random(f"{seed} {n}")) for n, talk in enumerate(talks))
+        )
+        for runner in runners:
+            await runner.close()
+            runner._parts.loop.check_integrity()
+
+    run(scenario)
