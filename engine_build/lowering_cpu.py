@@ -158,15 +158,11 @@ class CpuLowering:
         chunk_value = graph.node("Reshape", [v, grouped])
         at_sinks = [graph.constant([0]), NUM_SINK_PLACES, graph.constant([3])]
         sink_key = graph.node("Slice", [past_key, *at_sinks])
-        near, far = graph.nodes(
-            "Split", [self._dot(query, past_key), SCORE_SPLIT], 2, axis=-1
-        )
+        near, far = graph.nodes("Split", [self._dot(query, past_key), SCORE_SPLIT], 2, axis=-1)
         near = graph.node("Where", [IS_SINK, self._dot(sink_query, sink_key), near])
         scores = graph.node("Concat", [near, far, self._dot(query, chunk_key)], axis=-1)
         weights = graph.node("Softmax", [graph.node("Add", [scores, BIAS])], axis=-1)
-        past_weights, chunk_weights = graph.nodes(
-            "Split", [weights, PROBABILITY_SPLIT], 2, axis=-1
-        )
+        past_weights, chunk_weights = graph.nodes("Split", [weights, PROBABILITY_SPLIT], 2, axis=-1)
         from_past = graph.node("MatMul", [past_weights, past_value])
         from_chunk = graph.node("MatMul", [chunk_weights, chunk_value])
         total = graph.node("Add", [from_past, from_chunk])

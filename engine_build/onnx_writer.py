@@ -95,9 +95,11 @@ class GraphWriter:
 
     def model(self, name: str, file: str, stored: Mapping[str, StoredAt]) -> onnx.ModelProto:
         """The finished model, its weights at `stored` places of `file` (relative to the model)."""
+        used = {value for node in self._nodes for value in node.input}
         weights = [
             _external(weight, declared, file, stored[declared.bytes_of])
             for weight, declared in self.weights.items()
+            if weight in used
         ]
         graph = helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, [*self._constants.values(), *weights]
@@ -108,9 +110,7 @@ class GraphWriter:
         )
 
 
-def _value(
-    name: str, dtype: type[np.generic], shape: Sequence[Dimension]
-) -> onnx.ValueInfoProto:
+def _value(name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> onnx.ValueInfoProto:
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     return helper.make_tensor_value_info(name, element, list(shape))
 
@@ -126,5 +126,3 @@ def _external(name: str, declared: Declared, file: str, at: StoredAt) -> onnx.Te
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor
-
-

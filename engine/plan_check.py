@@ -1,0 +1,52 @@
+"""Refuses plans that would read or write the wrong memory or rotate at the wrong angle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.protocol import Row, StepPlan
+from engine_build.spec import EngineSpec
+
+
+def check_plan(plan: StepPlan, spec: EngineSpec, max_resident: int) -> None:
+    """Raises ValueError naming the field of the first row that the engine cannot run."""
+    seen: set[int] = set()
+    for number, row in enumerate(plan.rows):
+        problem = _problem(row, spec, max_resident)
+        if row.kv_slot in seen:
+            problem = f"kv_slot: {row.kv_slot} is in this plan twice"
+        if problem:
+            raise ValueError(f"rows[{number}].{problem}")
+        seen.add(row.kv_slot)
+
+
+def _problem(row: Row, spec: EngineSpec, max_resident: int) -> str | None:
+    tokens, window = row.tokens, row.window
+    if not 0 <= row.kv_slot < max_resident:
+        return f"kv_slot: {row.kv_slot} is not in 0..{max_resident - 1}"
+    if row.start < 0:
+        return f"start: {row.start} is negative"
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        return f"tokens: {tokens.dtype} {tokens.shape} is not a vector of integers"
+    if not 1 <= len(tokens) <= spec.max_chunk:
+        return f"tokens: {len(tokens)} of them, not 1..{spec.max_chunk}"
+    if int(tokens.min()) < 0 or int(tokens.max()) >= spec.model.vocab_size:
+        return f"tokens: an id is not in 0..{spec.model.vocab_size - 1}"
+    if max(row.start, window.sink_tokens) < min(row.start + len(tokens), row.window_start):
+        return f"window_start: {row.window_start} is past a token of this row"
+    if window.sink_tokens > spec.max_sink_tokens:
+        return f"window.sink_tokens: {window.sink_tokens} > {spec.max_sink_tokens}"
+    if window.slot_tokens > spec.slot_tokens:
+        return f"window.slot_tokens: {window.slot_tokens} > {spec.slot_tokens}"
+    if row.logits not in ("none", "last", "all"):
+        return f"logits: {row.logits!r} is not none, last or all"
+    return _sample_problem(row)
+
+
+def _sample_problem(row: Row) -> str | None:
+    if row.sample is None:
+        return None
+    history = row.sample.history
+    if not isinstance(history, np.ndarray) or history.dtype.kind not in "iu":
+        return "sample.history: not a vector of integers"
+    return None
