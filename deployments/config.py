@@ -128,7 +128,12 @@ class ServiceConfig(Tunables):
         max_length=200,
         description="The API's `model`; empty: the engine directory's name.",
     )
-    capacity: int = Field(default=512, ge=8, le=1 << 20, description="S + R: tokens a query sees.")
+    capacity: int = Field(
+        default=512,
+        ge=8,
+        le=1 << 20,
+        description="S + R: tokens a query sees. An engine directory brings its own; this overrules.",
+    )
     max_chunk: int = Field(
         default=64, ge=1, le=4096, description="Tokens of one conversation that a step may prefill."
     )
@@ -153,7 +158,7 @@ class ServiceConfig(Tunables):
     )
     memory_budget_bytes: int = Field(
         default=GIB,
-        ge=MIB,
+        ge=1024,
         description="For kv_slots, per replica; sets how many conversations are resident.",
     )
     max_running: int = Field(
@@ -217,7 +222,7 @@ class ServiceConfig(Tunables):
         description="Idle conversations are forgotten after this, seconds.",
     )
     api_keys_file: str = Field(
-        default="", description="Lines of `key tenant`; empty: one open tenant."
+        default="", description="See deployments/auth.py; empty: one open tenant."
     )
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65_535)
@@ -252,7 +257,7 @@ class ServiceConfig(Tunables):
             found += [
                 f"{name}: the engine directory {self.model!r} fixes it. "
                 "Remove it here, or build another engine with `sinkserve build`"
-                for name in ("capacity", "max_chunk", "weight_format")
+                for name in ("max_chunk", "weight_format")
                 if name in self.model_fields_set
             ]
         if self.api_keys_file and not Path(self.api_keys_file).is_file():
@@ -263,6 +268,12 @@ class ServiceConfig(Tunables):
     def is_engine_directory(self) -> bool:
         """Whether `model` is a path rather than the name of a model that can be built here."""
         return self.model not in (TOY_MODEL, DEMO_MODEL)
+
+    @property
+    def capacity_override(self) -> int | None:
+        """The capacity to run an engine directory with; None: its own."""
+        fixed = not self.is_engine_directory or "capacity" in self.model_fields_set
+        return self.capacity if fixed else None
 
     @property
     def model_name(self) -> str:

@@ -37,7 +37,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"replicas": 2, "autoscaling": {}}, "replicas", "Remove one of the two"),
     ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "autoscaling", "Raise max_replicas"),
     ({"redis_url": "localhost:6379"}, "redis_url", "redis://host:6379/0"),
-    ({"model": "engines/x", "capacity": 512}, "capacity", "sinkserve build"),
+    ({"model": "engines/x", "max_chunk": 512}, "max_chunk", "sinkserve build"),
     ({"api_keys_file": "no/such/file"}, "api_keys_file", "Create it"),
 ]
 
@@ -76,6 +76,12 @@ def test_engine_directory_names_the_model(tmp_path: Path) -> None:
     config = load_config({"model": str(tmp_path / "llama-8b")})
     assert config.model_name == "llama-8b"
     assert load_config({"model": "x", "served_model_name": "y"}).model_name == "y"
+
+
+def test_an_engine_directory_keeps_its_capacity_unless_overruled() -> None:
+    assert load_config({"model": "engines/x"}).capacity_override is None
+    assert load_config({"model": "engines/x", "capacity": 256}).capacity_override == 256
+    assert load_config({}).capacity_override == 512
 
 
 def test_tunables_travel_as_user_config() -> None:

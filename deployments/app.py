@@ -1,0 +1,89 @@
+"""The Ray Serve application: `serve deploy` imports `deployments.app:build`.
+
+HTTP -> Ingress -> ConversationRouter -> SinkReplica
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from cluster.embedded import ensure_running
+from deployments.config import EMBEDDED, ServiceConfig, load_config
+from deployments.conversation_router import ConversationRouter
+from deployments.engine_files import locate_engine
+from deployments.replica import SinkReplica
+from deployments.serve_ingress import Ingress
+from engine_build.demo import sinkserve_home
+
+INGRESS_CPUS = 0.1
+MAX_OPEN_REQUESTS = 1000
+STATS_LAG_PERIODS = 4
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """The application for a configuration (see `deployments.config.ServiceConfig`).
+
+    Builds the demo engine and starts the embedded Redis on this machine if they are asked for and not
+    there yet. Raises ConfigError, EmbeddedError.
+    """
+    config = load_config(args)
+    locate_engine(config)
+    if config.redis_url == EMBEDDED:
+        url = ensure_running(config.data_dir or sinkserve_home() / "data")
+        config = config.model_copy(update={"redis_url": url})
+    fields = config.model_dump(mode="json", exclude_unset=True)
+    fields["redis_url"] = config.redis_url
+    # Ray types what `serve.deployment` returns as a decorator.
+    engine: Any = serve.deployment(SinkReplica)
+    front: Any = serve.deployment(serve.ingress()(Ingress))
+    replicas = engine.options(**replica_options(config)).bind(fields)
+    application: Application = front.options(**ingress_options(config)).bind(fields, replicas)
+    return application
+
+
+def replica_options(config: ServiceConfig) -> dict[str, Any]:
+    """Of the engine deployment."""
+    router: dict[str, Any] = {
+        "request_router_class": f"{ConversationRouter.__module__}.{ConversationRouter.__name__}",
+        "request_router_kwargs": {
+            "max_wait_s": config.owner_wait_s,
+            "stats_lag_s": STATS_LAG_PERIODS * config.stats_period_s,
+        },
+        "request_routing_stats_period_s": config.stats_period_s,
+        "request_routing_stats_timeout_s": 10 * config.stats_period_s,
+    }
+    scaling: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.autoscaling is not None:
+        scaling = {"autoscaling_config": AutoscalingConfig(**config.autoscaling.model_dump())}
+    return {
+        **scaling,
+        "name": SinkReplica.__name__,
+        "max_ongoing_requests": config.max_ongoing_turns,
+        "request_router_config": RequestRouterConfig(**router),
+        "user_config": config.user_config(),
+        "graceful_shutdown_timeout_s": config.drain_s + 10.0,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 30.0,
+        "ray_actor_options": {
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+        },
+    }
+
+
+def ingress_options(config: ServiceConfig) -> dict[str, Any]:
+    """Of the ingress deployment."""
+    return {
+        "name": Ingress.__name__,
+        "num_replicas": config.ingress_replicas,
+        "max_ongoing_requests": MAX_OPEN_REQUESTS,
+        "user_config": config.user_config(),
+        "graceful_shutdown_timeout_s": config.drain_s + 10.0,
+        "ray_actor_options": {"num_cpus": INGRESS_CPUS},
+    }

@@ -1,0 +1,87 @@
+"""Which engine a configuration means: found or built, then described and started.
+
+Every process that needs one (driver, replicas, ingress) calls `locate_engine`; the first on a machine
+builds the demo engine, the others wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deployments.config import TOY_MODEL, ConfigError, ServiceConfig
+from deployments.text import ChatCodec
+from engine.protocol import Engine
+from engine.toy_engine import ToyEngine, ToyText, byte_spec
+from engine_build.build import BuildOptions, no_progress
+from engine_build.demo import DemoModelError, ensure_demo_engine, sinkserve_home
+from engine_build.manifest import ManifestError, load_engine_spec, load_manifest
+from engine_build.spec import EngineSpec, SpecError
+
+TOY_STEP_S = 0.002
+TOY_REPLY_TOKENS = 60
+MAX_TOY_SLOTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFiles:
+    """An engine that can be started. `folder` is None for the toy, which has no files.
+
+    `fingerprint` stands for everything that gives a conversation's token ids their meaning.
+    """
+
+    spec: EngineSpec
+    fingerprint: str
+    codec: ChatCodec
+    folder: Path | None
+
+
+def locate_engine(
+    config: ServiceConfig, progress: Callable[[str, float], None] = no_progress
+) -> EngineFiles:
+    """Raises ConfigError with what to do when there is no such engine and none can be built."""
+    if config.model == TOY_MODEL:
+        spec = byte_spec(config.capacity, config.max_chunk)
+        return EngineFiles(spec, spec.fingerprint, ChatCodec.for_toy(), None)
+    try:
+        folder = Path(config.model)
+        if not config.is_engine_directory:
+            options = BuildOptions(
+                capacity=config.capacity,
+                max_chunk=config.max_chunk,
+                weight_format=config.weight_format,
+            )
+            folder = ensure_demo_engine(sinkserve_home(), options, progress)
+        spec = load_engine_spec(folder, config.capacity_override)
+        fingerprint = load_manifest(folder).fingerprint(spec)
+        return EngineFiles(spec, fingerprint, ChatCodec.load(folder), folder)
+    except (ManifestError, SpecError, DemoModelError, OSError) as error:
+        raise ConfigError([f"model: {error}"]) from error
+
+
+def start_engine(config: ServiceConfig, files: EngineFiles) -> Engine:
+    """The engine in this process. Raises ConfigError when the memory budget holds no kv_slot."""
+    if files.folder is None:
+        slots = config.memory_budget_bytes // files.spec.slot_bytes
+        if not slots:
+            need = files.spec.slot_bytes
+            raise ConfigError([f"memory_budget_bytes: below one kv_slot. Use at least {need}"])
+        return ToyEngine(
+            files.spec,
+            max_resident=min(slots, MAX_TOY_SLOTS),
+            text=dataclasses.replace(ToyText(), stop_period=TOY_REPLY_TOKENS),
+            step_delay_s=TOY_STEP_S,
+        )
+    from engine.onnx_engine import OnnxEngine
+
+    try:
+        return OnnxEngine(
+            files.folder,
+            memory_budget_bytes=config.memory_budget_bytes,
+            threads=config.threads,
+            capacity=files.spec.capacity,
+        )
+    except SpecError as error:
+        raise ConfigError([str(error)]) from error

@@ -1,0 +1,81 @@
+"""The engine deployment: one Ray actor, one engine. What it does is in `deployments.turn_runner`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+
+from cluster.redis_store import RedisStore
+from cluster.store import StoreLimits
+from deployments.config import ServiceConfig, load_config
+from deployments.engine_files import locate_engine, start_engine
+from deployments.turn_call import ReplicaStats, TurnCall, TurnItem
+from deployments.turn_runner import ReplicaParts, TurnRunner
+from engine.loop import EngineLoop, LoopConfig
+
+log = logging.getLogger(__name__)
+
+
+def store_limits(config: ServiceConfig) -> StoreLimits:
+    """The bounds of a record that follow from the configuration."""
+    return StoreLimits(ttl_s=config.conversation_ttl_s, input_tokens=config.limits.max_input_tokens)
+
+
+class SinkReplica:
+    """`config` is a ServiceConfig as JSON. The replica's name is Serve's id of this actor: the router
+    knows it by the same name, and the store keeps it as the owner."""
+
+    # Serve awaits it.
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        self._config = load_config(config)
+        files = await asyncio.to_thread(locate_engine, self._config)
+        engine = await asyncio.to_thread(start_engine, self._config, files)
+        store = await RedisStore.connect(self._config.redis_url, store_limits(self._config))
+        replica = serve.get_replica_context().replica_id.unique_id
+        loop = EngineLoop(
+            engine,
+            LoopConfig(
+                max_running=self._config.max_running,
+                prefill_tokens=self._config.prefill_tokens,
+                max_waiting=self._config.max_waiting,
+            ),
+        )
+        parts = ReplicaParts(replica, files.spec, files.fingerprint, loop, store, files.codec)
+        self._store = store
+        self._runner = TurnRunner(parts, self._config)
+        log.info("replica %s: %d kv_slots", replica, engine.max_resident)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """New tunables, with no restart. Raises ConfigError."""
+        self._runner.tunables = self._config.tuned(user_config)
+
+    async def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
+        """See `TurnRunner.turn`."""
+        items = self._runner.turn(call)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            # Also when Ray cancels this request: the turn is over before the request is.
+            await items.aclose()
+
+    async def stats(self) -> ReplicaStats:
+        """Figures for health and metrics."""
+        return self._runner.stats()
+
+    def record_routing_stats(self) -> dict[str, int | bool]:
+        """Ray hands these to every router, `stats_period_s` old at most."""
+        return self._runner.routing_stats()
+
+    def check_health(self) -> None:
+        """Raises RuntimeError, and Serve replaces this replica, when no step can work any more."""
+        self._runner.check_health(self._config.step_timeout_s)
+
+    async def __del__(self) -> None:
+        """Serve calls and awaits this once running requests have ended or their time is over."""
+        await self._runner.close(drain_s=0.0)
+        await self._store.close()
