@@ -355,8 +355,6 @@ class EngineLoop:
             self._outbox.append((turn, TurnEnded("cancelled", 0, turn.timings(self._clock()))))
         while self._waiting and self._scheduler.has_room:
             turn = self._waiting[0]
-            if self._residency.is_dirty(turn.request.conversation_id):
-                break
             request = turn.request
             # Turns further down the queue should still find their slots when they get there.
             lease = self._residency.acquire(

@@ -184,7 +184,7 @@ def _draw(scores: Floats, params: SamplingParams, u: float) -> int:
     if kept is not None:
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
-    chosen = _invert_cdf(weights, u)
+    chosen = invert_cdf(weights, u)
     return chosen if ids is None else int(ids[chosen])
 
 
@@ -217,7 +217,7 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
     goal = top_p * float(weights.sum(dtype=np.float64))
     # All weights at or below `sure` together are lighter than what may be left out.
     sure = (1.0 - top_p) / top_p * goal / len(weights)
-    for floor in (_LIKELY, sure, -1.0):
+    for floor in (_LIKELY, sure):
         candidates = np.flatnonzero(weights > np.float32(floor))
         few = weights[candidates]
         falling = np.sort(few)[::-1]
@@ -228,8 +228,11 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
     return candidates[_cut(few, falling[count - 1], count)]
 
 
-def _invert_cdf(weights: Floats, u: float) -> int:
-    """The index whose share of the cumulated weights holds `u`: blocks first, then inside one."""
+def invert_cdf(weights: Floats, u: float) -> int:
+    """The index whose share of the cumulated weights holds `u`, 0 <= u < 1; never one of weight 0.
+
+    A long array is cumulated in blocks first and then inside one of them.
+    """
     block = 256
     if len(weights) <= 4 * block:
         return _search(weights.cumsum(dtype=np.float64), u)

@@ -166,6 +166,13 @@ def test_half_an_exact_replay_is_worth_keeping_half_a_bounded_one_is_not() -> No
     assert acquire(residency, "a") == Lease(0, 90, 60)
 
 
+def test_a_bounded_replay_without_sinks_is_no_continuation() -> None:
+    residency = Residency(1)
+    acquire(residency, "a")
+    assert residency.begin("a", 60, 60, 90) == 60
+    assert not residency.discard("a")
+
+
 def test_a_warm_turn_keeps_the_window_start_of_its_slot() -> None:
     residency = Residency(1)
     acquire(residency, "a")

@@ -14,6 +14,7 @@ from engine.protocol import SampleRequest
 from engine.sampling import (
     MIN_LOGPROB,
     SamplingParams,
+    invert_cdf,
     largest,
     sample_rows,
 )
@@ -133,6 +134,7 @@ PARAMS = [
     SamplingParams(top_k=8, top_p=0.7),
     SamplingParams(min_p=0.2),
     SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.1),
+    SamplingParams(top_p=0.97, min_p=0.4),
     SamplingParams(repetition_penalty=1.6, frequency_penalty=0.4, presence_penalty=0.3),
     SamplingParams(top_p=0.9, logit_bias=((3, 4.0), (5, -100.0))),
 ]
@@ -196,6 +198,27 @@ def test_a_large_vocabulary_is_drawn_from_evenly_across_blocks() -> None:
     sampled = sample_rows(np.zeros((2000, vocab), np.float32), requests)
     counts, _ = np.histogram([s.token_id or 0 for s in sampled], bins=16, range=(0, vocab))
     assert chi_square(counts, np.full(16, 1 / 16)) < 50
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 4.0])
+def test_a_nucleus_of_any_width_is_the_references(top_p: float, spread: float) -> None:
+    logits = (np.random.default_rng(8).normal(size=5000) * spread).astype(np.float32)
+    params = SamplingParams(top_p=top_p, seed=3)
+    upto = reference(logits, params, []).cumsum()
+    sampled = sample_rows(np.tile(logits, (300, 1)), [request(params, k=k) for k in range(300)])
+    tokens = np.array([s.token_id for s in sampled])
+    draws = np.array([uniform(3, 1, k) for k in range(300)])
+    assert (draws <= upto[tokens] + 1e-5).all()
+    assert (draws >= np.where(tokens > 0, upto[tokens - 1], 0.0) - 1e-5).all()
+
+
+@pytest.mark.parametrize("length", [6, 3000])
+def test_a_token_of_no_weight_is_never_drawn(length: int) -> None:
+    weights = np.zeros(length, np.float32)
+    weights[[2, length - 3]] = 1.0
+    draws = [0.0, 0.25, np.nextafter(0.5, 0), 0.5, 0.75, 1.0 - 2.0**-53]
+    assert [invert_cdf(weights, u) for u in draws] == [2] * 3 + [length - 3] * 3
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:

@@ -69,9 +69,14 @@ def reply(
 
 @pytest.mark.parametrize("chunks", [(1,), (5,), (3, 1, 5)])
 @pytest.mark.parametrize("sinks", [0, 3, 6])
-def test_a_reply_is_the_oracles_for_every_chunking(chunks: tuple[int, ...], sinks: int) -> None:
+@pytest.mark.parametrize("ring", ["whole slot", "tight"])
+def test_a_reply_is_the_oracles_for_every_chunking(
+    chunks: tuple[int, ...], sinks: int, ring: str
+) -> None:
     engine = ToyEngine(SPEC)
-    window = SinkWindow(sinks, 12 - sinks, SPEC.slot_tokens - sinks)
+    # A tight ring loses keys to a chunk that its first queries still see.
+    ring_tokens = SPEC.slot_tokens - sinks if ring == "whole slot" else 11 - sinks
+    window = SinkWindow(sinks, 12 - sinks, ring_tokens)
     tokens = ids(70)
     expected = toy_reply(engine.model, window, tokens.tolist(), (PARAMS, 1), 40)
     assert reply(engine, tokens, chunks, window=window) == expected
