@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 from engine_build.checkpoint import read_checkpoint
 from engine_build.hf_config import shape_from_config
 from engine_build.spec import EngineSpec, ModelShape, RopeSpec, SpecError
-from engine_build.tensors import Checkpoint
+from engine_build.tensors import Checkpoint, expected_tensors
 from tests.tiny_models import (
     FAMILIES,
     tiny_config,
@@ -201,6 +202,23 @@ def test_rope_equals_transformers(case: tuple[str, dict[str, Any]]) -> None:
     assert rope.cos_sin_scale() == pytest.approx(recorded["cos_sin_scale"], rel=1e-12)
 
 
+def test_yarn_settings_of_a_gguf_are_read(tmp_path: Path) -> None:
+    extra = {
+        "{arch}.rope.scaling.yarn_beta_fast": 16.0,
+        "{arch}.rope.scaling.yarn_beta_slow": 2.0,
+    }
+    file = write_gguf(tmp_path / "model.gguf", "llama-yarn", extra=extra)
+    assert read_checkpoint(file).shape.rope == RopeSpec(
+        theta=500.0,
+        rotary_dim=16,
+        scaling="yarn",
+        factor=4.0,
+        original_max_positions=256,
+        beta_fast=16.0,
+        beta_slow=2.0,
+    )
+
+
 def test_rope_divisors_survive_the_spec_file() -> None:
     rope = RopeSpec(1e4, 8, scaling="divisors", frequency_divisors=(1.0, 1.5, 4.0, 8.0))
     shape = shape_from_config(tiny_config("llama"))
@@ -225,6 +243,135 @@ def test_what_comes_with_the_weights_is_read(tmp_path: Path) -> None:
     assert file.text.chat_template == folder.text.chat_template
     text = "the window slides <|im_end|> ü"
     assert file.text.tokenizer.encode(text).ids == folder.text.tokenizer.encode(text).ids
+
+
+# Configurations as published, and the parameter counts that their makers state.
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "SmolLM2-135M-Instruct": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 49152,
+        },
+        134_515_008,
+    ),
+    "Llama-3.2-1B": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 128256,
+        },
+        1_235_814_400,
+    ),
+    "Mistral-7B-v0.3": (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "vocab_size": 32768,
+        },
+        7_248_023_552,
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        596_049_920,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_give_models_of_the_published_size(name: str) -> None:
+    config, parameters = PUBLISHED[name]
+    sizes = expected_tensors(shape_from_config(config)).values()
+    assert sum(math.prod(size) for size in sizes) == parameters
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
