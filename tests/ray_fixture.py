@@ -1,0 +1,184 @@
+"""A local Ray cluster with the toy service on it: one per test process, with ports and files of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.valkey_fixture import start_valkey
+
+APPLICATION = "sinkserve"
+TOY = {
+    "model": "toy",
+    "capacity": 64,
+    "max_chunk": 16,
+    "replicas": 2,
+    "cpus_per_replica": 0.1,
+    "max_running": 8,
+    "max_waiting": 40,
+    "memory_budget_bytes": 16 * (64 + 16) * 24,
+    "owner_wait_s": 20.0,
+    "drain_s": 5.0,
+    "limits": {"default_max_tokens": 24},
+}
+READY_WITHIN_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[int]:
+    """Ray with Serve, for this process alone. The value is Serve's HTTP port."""
+    import ray
+    from ray import serve
+
+    directory = Path(tempfile.mkdtemp(prefix="ss-ray-", dir="/tmp"))
+    settings = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+    before = {name: os.environ.get(name) for name in (*settings, "RAY_ADDRESS")}
+    os.environ.update(settings)
+    os.environ.pop("RAY_ADDRESS", None)
+    port = free_port()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(directory),
+        )
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@dataclass
+class RayService:
+    """The application as tests see it."""
+
+    port: int
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60.0)
+
+    def deploy(self, **changes: Any) -> None:
+        """Run the application with these fields changed; returns when it is ready."""
+        from ray import serve
+
+        from deployments.app import build
+
+        self.fields.update(changes)
+        serve.run(build(self.fields), name=APPLICATION, route_prefix="/")
+        self.wait_for_replicas(self.fields["replicas"])
+
+    def stop(self) -> None:
+        from ray import serve
+
+        serve.delete(APPLICATION)
+
+    def handle(self) -> Any:
+        from ray import serve
+
+        return serve.get_app_handle(APPLICATION)
+
+    def engine_handle(self) -> Any:
+        from ray import serve
+
+        return serve.get_deployment_handle("SinkReplica", APPLICATION)
+
+    def replicas(self) -> dict[str, dict[str, float]]:
+        """The figures of the replicas that answer, by name."""
+        health: dict[str, Any] = httpx.get(f"{self.url}/healthz", timeout=30.0).json()
+        found = health.get("replicas") or health.get("error", {}).get("replicas") or []
+        return {one["replica"]: one for one in found}
+
+    def wait_for_replicas(self, count: int) -> None:
+        self.wait(lambda: len(self.replicas()) == count)
+
+    def wait(self, check: Callable[[], bool], within_s: float = READY_WITHIN_S) -> None:
+        """Poll until `check` holds; an unreachable service counts as not yet."""
+        deadline_s = time.monotonic() + within_s
+        while True:
+            try:
+                if check():
+                    return
+            except httpx.HTTPError:
+                pass
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"not so after {within_s} s: {check}")
+            time.sleep(0.1)
+
+    def actors(self) -> dict[str, Any]:
+        """Actor handles of the running replicas, by name."""
+        import ray
+
+        found = {}
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            parts = actor["name"].split("#")
+            if "SinkReplica" in parts and parts[0] == "SERVE_REPLICA::" + APPLICATION:
+                found[parts[-1]] = ray.get_actor(actor["name"], namespace=actor["namespace"])
+        return found
+
+    def kill(self, replica: str) -> None:
+        """SIGKILL, in effect: no chance to say goodbye."""
+        import ray
+
+        ray.kill(self.actors()[replica], no_restart=False)
+
+
+@contextmanager
+def run_service(port: int, fields: Mapping[str, Any]) -> Iterator[RayService]:
+    """The toy application on its own Valkey server."""
+    directory = Path(tempfile.mkdtemp(prefix="ss-kv-", dir="/tmp"))
+    server = start_valkey(directory)
+    service = RayService(port, {**TOY, "redis_url": server.url, **fields})
+    try:
+        service.deploy()
+        yield service
+    finally:
+        service.stop()
+        server.process.kill()
+        server.process.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def toy_service(ray_cluster: int) -> Iterator[RayService]:
+    """Two toy replicas and the ingress. A test that changes their number must restore it."""
+    with run_service(ray_cluster, {}) as service:
+        yield service
