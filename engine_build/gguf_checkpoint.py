@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from engine_build.hf_config import DEFAULT_THETA, Fields
 from engine_build.spec import ModelShape, RopeSpec, SpecError
 from engine_build.tensors import Checkpoint, StoredTensor, Weights, check_shape, select_tensors
-from engine_build.tokenizer import text_from_gguf
+from engine_build.tokenizer import TextSource, text_from_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -82,7 +82,7 @@ def read_gguf(file: Path) -> Checkpoint:
         name=str(metadata.get("general.name") or file.stem),
         shape=shape,
         tensors=select_tensors(shape, stored),
-        text=text_from_gguf(metadata),
+        text=_text(metadata),
         trained_tokens=Fields(metadata).integer(f"{arch}.context_length"),
         generation={},
     )
@@ -101,6 +101,13 @@ def _open(file: Path) -> tuple[GGUFReader, dict[str, Any]]:
             "split.count", "the model is split over several files", "Merge it with llama-gguf-split"
         )
     return reader, metadata
+
+
+def _text(metadata: Mapping[str, Any]) -> TextSource:
+    try:
+        return text_from_gguf(metadata)
+    except KeyError as error:
+        raise SpecError(str(error.args[0]), "is missing", "Take a complete GGUF file") from error
 
 
 def _shape(

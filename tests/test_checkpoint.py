@@ -568,6 +568,10 @@ def test_a_damaged_folder_is_refused_by_name(
     [
         ({"general.architecture": "gemma"}, "general.architecture"),
         ({"split.count": 2}, "split.count"),
+        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model"),
+        ({"{arch}.context_length": None}, "llama.context_length"),
         ({"{arch}.expert_count": 8}, "llama.expert_count"),
         ({"{arch}.attention.sliding_window": 1024}, "llama.attention.sliding_window"),
         ({"{arch}.attention.head_count_kv": [2, 2, 2]}, "llama.attention.head_count_kv"),

@@ -292,9 +292,9 @@ def write_gguf(
     """Write the same model as a GGUF file, as llama.cpp's convert script would.
 
     Checked once: from these files llama.cpp (llama-cpp-python 0.3.36, float32) computes the logits that
-    transformers computes from the folders, to 4e-5 in every family. `extra` adds or replaces metadata
-    (`{arch}` in a key is filled in); matrices are stored as
-    `quantise`, except those whose width no block fits.
+    transformers computes from the folders, to 4e-5 in every family. `extra` adds, replaces or (None)
+    drops metadata (`{arch}` in a key is filled in); matrices are stored as `quantise`, except those
+    whose width no block fits.
     """
     config = tiny_config(family)
     tensors = tiny_tensors(family) if tensors is None else tensors
@@ -373,4 +373,4 @@ def _gguf_metadata(
         original = rope["original_max_position_embeddings"]
         fields[f"{arch}.rope.scaling.original_context_length"] = original
     fields.update({key.replace("{arch}", arch): value for key, value in extra.items()})
-    return fields
+    return {key: value for key, value in fields.items() if value is not None}
