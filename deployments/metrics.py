@@ -48,6 +48,9 @@ class ServiceMetrics:
         self._running = Gauge(
             "sinkserve_running_turns", "Turns in progress.", labels, registry=self._registry
         )
+        # Shown as 0 before the first turn.
+        self._running.labels(ingress)
+        self._abandoned.labels(ingress)
 
     def http_request(self, route: str, status: int) -> None:
         self._http.labels(self._ingress, route, str(status)).inc()
