@@ -158,10 +158,14 @@ class EngineLoop:
     def submit(self, request: TurnRequest, on_event: OnEvent) -> TurnHandle:
         """Queue a turn. Its events go to `on_event`; the last one is TurnEnded or TurnError.
 
-        Raises Overloaded, TurnRunning, LoopStopped; ValueError unless `max_tokens` is positive.
+        Raises Overloaded, TurnRunning, LoopStopped; ValueError unless `max_tokens` is positive and
+        the window fits the engine.
         """
+        spec, window = self._engine.spec, request.window
         if request.max_tokens < 1:
             raise ValueError("max_tokens must be at least 1")
+        if window.slot_tokens > spec.slot_tokens or window.sink_tokens > spec.max_sink_tokens:
+            raise ValueError(f"the engine's slots are too small for {window}")
         with self._lock:
             if self._dead is not None or self._stopping != "no":
                 raise LoopStopped(self._dead or "the engine is stopping")
@@ -376,7 +380,7 @@ class EngineLoop:
         self._running[turn.number] = turn
         try:
             prefill = request.prefill(lease.resident_length)
-            counts = checked_counts(prefill, request.token_count + request.input_tokens)
+            counts = checked_counts(prefill, request, self._engine.spec.model.vocab_size)
         except Exception as error:
             logger.exception("the prefill of %s cannot be planned", request.conversation_id)
             self._fail(turn, f"the prefill cannot be planned: {error}")

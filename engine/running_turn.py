@@ -80,8 +80,10 @@ class RunningTurn:
         return timings
 
 
-def checked_counts(prefill: Prefill, end: int) -> list[int]:
-    """Token counts of the segments. Raises ValueError unless they rise and end at `end`."""
+def checked_counts(prefill: Prefill, request: TurnRequest, vocab_size: int) -> list[int]:
+    """Token counts of the segments. Raises ValueError unless they rise, end with the input and are,
+    like the retained tokens, of the vocabulary: an engine that met another id would be dead."""
+    end = request.token_count + request.input_tokens
     reached = 0
     for segment in prefill.segments:
         if segment.start < reached or not len(segment.tokens):
@@ -89,4 +91,7 @@ def checked_counts(prefill: Prefill, end: int) -> list[int]:
         reached = segment.start + len(segment.tokens)
     if reached != end:
         raise ValueError(f"the segments end at {reached}, the input at {end}")
+    for ids in (request.retained, *(segment.tokens for segment in prefill.segments)):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"a token id is not in 0..{vocab_size - 1}")
     return [len(segment.tokens) for segment in prefill.segments]

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engine.plan_check import check_plan
 from engine.protocol import (
     EngineDead,
     Logits,
@@ -125,7 +126,7 @@ def pair_hashes(token_indices: npt.NDArray[np.int64], tokens: TokenIds) -> Hashe
 
 
 class ToyEngine:
-    """`engine.protocol.Engine`. Checks each plan as a real engine might not, with ValueError.
+    """`engine.protocol.Engine`. Refuses impossible plans with ValueError, as the real ones do.
 
     `step_delay_s` makes every step last at least about that long.
     """
@@ -156,8 +157,9 @@ class ToyEngine:
     def step(self, plan: StepPlan) -> StepResult:
         if self._closed:
             raise EngineDead("the engine is closed")
-        if len({row.kv_slot for row in plan.rows}) != len(plan.rows):
-            raise ValueError("two rows of a step share a kv_slot")
+        check_plan(plan, self._spec, self.max_resident)
+        if any(row.window.capacity != self._spec.capacity for row in plan.rows):
+            raise ValueError("a row's window is not of the engine's capacity")
         if self._step_delay_s:
             time.sleep(self._step_delay_s)
         return StepResult(tuple(self._run(row) for row in plan.rows))
@@ -166,7 +168,6 @@ class ToyEngine:
         self._closed = True
 
     def _run(self, row: Row) -> RowResult:
-        self._check(row)
         slot, window = self._places[row.kv_slot], row.window
         count = len(row.tokens)
         indices = np.arange(row.start, row.start + count, dtype=np.int64)
@@ -187,17 +188,6 @@ class ToyEngine:
             return RowResult(logits=kept)
         (drawn,) = sample_rows(logits[-1:], [row.sample])
         return RowResult(drawn.token_id, drawn.logprob, drawn.top, kept, drawn.failed)
-
-    def _check(self, row: Row) -> None:
-        if not 0 <= row.kv_slot < self.max_resident:
-            raise ValueError(f"no kv_slot {row.kv_slot}")
-        if not 1 <= len(row.tokens) <= self._spec.max_chunk or row.start < 0:
-            raise ValueError("a row needs 1 to max_chunk tokens and a start of at least 0")
-        if row.tokens.min() < 0 or row.tokens.max() >= self._spec.model.vocab_size:
-            raise ValueError("a token id is outside the vocabulary")
-        window = row.window
-        if window.capacity != self._spec.capacity or window.slot_tokens > self._spec.slot_tokens:
-            raise ValueError("the row's window does not fit the engine's slots")
 
 
 class NoisyToyEngine(ToyEngine):

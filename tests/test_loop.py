@@ -532,6 +532,13 @@ def test_a_turn_without_output_is_refused(start: Make) -> None:
         client.submit(client.request(max_tokens=0))
 
 
+@pytest.mark.parametrize("window", [SinkWindow(4, 20, 37), SinkWindow(13, 11, 20)])
+def test_a_window_that_does_not_fit_is_refused(start: Make, window: SinkWindow) -> None:
+    client = Client(start(), "a")
+    with pytest.raises(ValueError, match="too small"):
+        client.submit(replace(client.request(), window=window))
+
+
 # Failures.
 
 
@@ -670,12 +677,16 @@ def overlapping_prefill(resident_length: int | None) -> Prefill:
     return Prefill(halves, 0, "none")
 
 
+def foreign_prefill(resident_length: int | None) -> Prefill:
+    return Prefill((Segment(0, np.full(9, SPEC.model.vocab_size, np.int32)),), 0, "none")
+
+
 def empty_prefill(resident_length: int | None) -> Prefill:
     return Prefill((Segment(9, NO_IDS),), 0, "none")
 
 
 @pytest.mark.parametrize(
-    "prefill", [raising_prefill, short_prefill, overlapping_prefill, empty_prefill]
+    "prefill", [raising_prefill, short_prefill, overlapping_prefill, foreign_prefill, empty_prefill]
 )
 def test_a_prefill_that_cannot_be_planned_fails_its_turn(
     start: Make, prefill: Callable[[int | None], Prefill]
@@ -687,6 +698,14 @@ def test_a_prefill_that_cannot_be_planned_fails_its_turn(
     assert "the prefill cannot be planned" in error.message
     assert not error.fatal
     client.converse()
+
+
+def test_retained_ids_outside_the_vocabulary_fail_their_turn(start: Make) -> None:
+    client = Client(start(), "a")
+    client.submit(replace(client.request(), retained=np.array([3, -1], np.int32)))
+    (error,) = client.finish()
+    assert isinstance(error, TurnError)
+    assert "a token id is not in 0..258" in error.message
 
 
 def test_a_stop_check_that_raises_fails_its_turn(start: Make) -> None:
