@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from deployments.config import DEMO_MODEL, EMBEDDED, ServiceConfig
+from deployments.config import EMBEDDED, ConfigError, ServiceConfig
 from deployments.local.client import ApiClient, ApiError
 from deployments.local.home import (
     Home,
@@ -35,7 +35,6 @@ from deployments.local.home import (
     this_process,
 )
 from deployments.local.progress import Step, Steps
-from engine_build.spec import SpecError
 
 APPLICATION = "sinkserve"
 HEALTHY_WITHIN_S = 180.0
@@ -85,10 +84,9 @@ class LocalService:
         """Returns when a turn can be served. Raises StartError or StopRequested; call `stop` after."""
         self._take_signals()
         self._clean_up()
+        self._set_environment()
         self._note("starting")
         _require_free_port(self._config.host, self._config.port)
-        with self._steps.step("Checking this machine") as step:
-            self._preflight(step)
         with self._steps.step("Preparing the model") as step:
             self._prepare_engine(step)
         with self._steps.step("Starting the conversation store") as step:
@@ -146,31 +144,14 @@ class LocalService:
         for folder in sessions[:-1]:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _preflight(self, step: Step) -> None:
-        from cluster import preflight
-
-        problems = [check for check in preflight.quick(self._home.root) if not check.ok]
-        if problems:
-            raise StartError("\n".join(f"{check.name}: {check.detail}" for check in problems))
-
     def _prepare_engine(self, step: Step) -> None:
-        if self._config.model != DEMO_MODEL:
-            step.note = self._config.model
-            return
-        from engine_build.build import BuildOptions
-        from engine_build.demo import DemoModelError, ensure_demo_engine
+        from deployments.engine_files import locate_engine
 
-        config = self._config
-        options = BuildOptions(
-            capacity=config.capacity,
-            max_chunk=config.max_chunk,
-            weight_format=config.weight_format,
-        )
         try:
-            ensure_demo_engine(self._home.root, options, step.update)
-        except (DemoModelError, SpecError, OSError) as error:
+            files = locate_engine(self._config, step.update)
+        except ConfigError as error:
             raise StartError(str(error)) from error
-        step.note = f"{config.model}, {config.weight_format}"
+        step.note = f"{self._config.model_name}, window of {files.spec.capacity} tokens"
 
     def _start_store(self, step: Step) -> None:
         if self._config.redis_url != EMBEDDED:
@@ -188,16 +169,6 @@ class LocalService:
         step.note = relative(Path(data))
 
     def _start_ray(self, step: Step) -> None:
-        # Ray listens on every interface; only processes that know the token may speak to it.
-        if not self._home.ray_token.exists():
-            self._home.ray_token.touch(mode=0o600)
-            self._home.ray_token.write_text(secrets.token_hex(32))
-        os.environ |= {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._home.ray_token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        }
         import ray
 
         needed = self._config.max_replicas * self._config.cpus_per_replica
@@ -217,6 +188,23 @@ class LocalService:
         address = ray.get_runtime_context().gcs_address
         self._state = dataclasses.replace(self._state, ray_address=address)
         self._note("starting")
+
+    def _set_environment(self) -> None:
+        """For this process and, through Ray, for every replica."""
+        # Ray listens on every interface; only processes that know the token may speak to it.
+        if not self._home.ray_token.exists():
+            self._home.ray_token.touch(mode=0o600)
+            self._home.ray_token.write_text(secrets.token_hex(32))
+        os.environ |= {
+            "SINKSERVE_HOME": str(self._home.root),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._home.ray_token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_SERVE_LOG_TO_STDERR": "0",
+            "TRANSFORMERS_VERBOSITY": "error",  # it would ask for torch, which nobody needs here
+        }
+        os.environ.pop("RAY_ADDRESS", None)
 
     def _start_serve(self) -> None:
         from ray import serve

@@ -89,12 +89,12 @@ def _print_tokens(console: Console, tokens: dict[str, int]) -> None:
 
 
 def _replica_table(replicas: list[dict[str, Any]]) -> Table:
-    """One row per replica, one column per figure it reports."""
-    figures = sorted({name for replica in replicas for name in replica} - {"replica"})
-    table = Table("replica", box=None, header_style="dim", pad_edge=False)
-    for name in figures:
-        table.add_column(name.replace("_", " "), justify="right")
+    """One row per figure, one column per replica."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("")
     for replica in replicas:
-        cells = (f"{replica[name]:,.6g}" if name in replica else "" for name in figures)
-        table.add_row(str(replica["replica"]), *cells)
+        table.add_column(str(replica["replica"]), justify="right")
+    for name in sorted({name for replica in replicas for name in replica} - {"replica"}):
+        values = (f"{replica[name]:,.6g}" if name in replica else "" for replica in replicas)
+        table.add_row(name.replace("_", " "), *values)
     return table

@@ -126,11 +126,11 @@ def _serve(service: LocalService, console: Console, behind: bool) -> int:
 def _welcome(service: LocalService, behind: bool) -> str:
     url, config = service.state.url, service.config
     model, here = config.model_name, Path(sys.executable).parent
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     python = (
         f"from openai import OpenAI; print(OpenAI(base_url='{url}/v1', api_key='-')"
         f".chat.completions.create(model='{model}', "
-        "messages=[{'role': 'user', 'content': 'Hello!'}]).choices[0].message.content)"
+        "messages=[{'role': 'user', 'content': 'Hello'}]).choices[0].message.content)"
     )
     sinkserve = (
         "sinkserve"
