@@ -27,7 +27,6 @@ from engine_build.manifest import (
     SPEC,
     TOKENIZER,
     TOKENIZER_CONFIG,
-    Manifest,
     ManifestError,
     ModelCard,
     check_capacity,
@@ -37,6 +36,7 @@ from engine_build.manifest import (
 from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat
 from engine_build.tensors import Checkpoint
 
+LOCK = ".sinkserve-build.lock"
 SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors")
 
 Progress = Callable[[str, float], None]
@@ -69,24 +69,26 @@ def build_engine(
     """Build the engine of the model at `source` in the folder `out`, and return `out`.
 
     An engine already there that was built from the same files with the same options is left as it is;
-    an older one is replaced. Builds of the same `out` wait for one another. Raises SpecError for a model
-    or option that is not supported; `out` is then what it was before.
+    an older one is replaced. One here or beside it that differs in its window only lends its files.
+    Builds beside one another wait for each other. Raises SpecError for a model or option that is not
+    supported; `out` is then what it was before.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.with_name(f".{out.name}.lock")):
+    with locked(out.with_name(LOCK)):
         _check_replaceable(out)
         progress("read the model", 0.0)
         build_key = _build_key(source, options)
         earlier = _earlier_build(out, build_key)
-        if earlier is not None and (out / SPEC).read_text() == _respecified(out, options).to_json():
+        if earlier == out and _spec_of(out) == _respecified(out, options):
             progress("read the model", 1.0)
             return out
         with _folder_beside(out) as folder:
             if earlier is not None:
-                spec, card = _respecified(out, options), earlier.model
+                card = load_manifest(earlier).model
+                spec = _respecified(earlier, options)
                 check_capacity(spec.capacity, card.trained_tokens)
-                _link_files(out, earlier, folder)
+                _link_files(earlier, folder)
             else:
                 spec, card = _convert(source, options, folder, progress)
                 card = dataclasses.replace(card, build_key=build_key)
@@ -138,28 +140,37 @@ def _build_key(source: Path, options: BuildOptions) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _earlier_build(out: Path, build_key: str) -> Manifest | None:
-    """The manifest of the engine at `out` if it is whole and made from the same files."""
-    try:
-        manifest = load_manifest(out, verify="sha256")
-    except ManifestError:
-        return None
-    return manifest if manifest.model.build_key == build_key else None
+def _earlier_build(out: Path, build_key: str) -> Path | None:
+    """A whole engine made from the same files: `out` itself, or one beside it."""
+    beside = sorted(path.parent for path in out.parent.glob(f"[!.]*/{MANIFEST}"))
+    for folder in [out, *beside]:
+        try:
+            if load_manifest(folder).model.build_key == build_key:
+                load_manifest(folder, verify="sha256")
+                return folder
+        except (ManifestError, OSError):
+            continue
+    return None
 
 
-def _respecified(out: Path, options: BuildOptions) -> EngineSpec:
-    spec = EngineSpec.from_json((out / SPEC).read_text(encoding="utf-8"))
-    return dataclasses.replace(spec, capacity=options.capacity, max_chunk=options.max_chunk)
+def _spec_of(folder: Path) -> EngineSpec:
+    return EngineSpec.from_json((folder / SPEC).read_text(encoding="utf-8"))
 
 
-def _link_files(out: Path, earlier: Manifest, folder: Path) -> None:
+def _respecified(folder: Path, options: BuildOptions) -> EngineSpec:
+    return dataclasses.replace(
+        _spec_of(folder), capacity=options.capacity, max_chunk=options.max_chunk
+    )
+
+
+def _link_files(earlier: Path, folder: Path) -> None:
     """Everything but the spec, without copying the weights where the file system can."""
-    for name in earlier.files:
+    for name in load_manifest(earlier).files:
         if name != SPEC:
             try:
-                os.link(out / name, folder / name)
+                os.link(earlier / name, folder / name)
             except OSError:
-                shutil.copyfile(out / name, folder / name)
+                shutil.copyfile(earlier / name, folder / name)
 
 
 def _write_text_files(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:

@@ -21,6 +21,7 @@ from engine_build.build import DEFAULT_OPTIONS, BuildOptions, Progress, build_en
 from engine_build.files import locked, sha256_of, sync
 
 HOME_VARIABLE = "SINKSERVE_HOME"
+DEMO_NAME = "smollm2-135m-instruct"
 POLL_S = 0.1
 
 
@@ -70,11 +71,13 @@ def ensure_demo_engine(
 ) -> Path:
     """The demo model's engine directory under `home`/engines, built if it is not there yet.
 
-    One folder per weight format and target. Raises DemoModelError when the model cannot be fetched.
+    One folder per set of options: no caller changes the engine that another one runs. Raises
+    DemoModelError when the model cannot be fetched.
     """
     model = fetch_demo_model(home, progress)
-    out = home / "engines" / f"smollm2-135m-instruct-{options.weight_format}-{options.target}"
-    return build_engine(model, out, options, progress)
+    window = f"{options.capacity}-{options.max_chunk}"
+    name = f"{DEMO_NAME}-{options.weight_format}-{options.target}-{window}"
+    return build_engine(model, home / "engines" / name, options, progress)
 
 
 def fetch_demo_model(

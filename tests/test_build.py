@@ -96,6 +96,30 @@ def test_another_window_reuses_weights_and_graph(model: Path, out: Path) -> None
     assert stamps(out) == after
 
 
+def test_an_engine_beside_it_lends_its_files(model: Path, out: Path) -> None:
+    build_engine(model, out, OPTIONS)
+    wider = build_engine(
+        model, out.with_name("wider"), BuildOptions(capacity=48, weight_format="float32")
+    )
+    assert stamps(wider)["weights.safetensors"] == stamps(out)["weights.safetensors"]
+    assert load_engine_spec(wider).capacity == 48
+    assert load_engine_spec(out).capacity == 32
+    load_manifest(wider, "sha256")
+
+
+@pytest.mark.parametrize("damage", ["altered", "half-built"])
+def test_a_broken_engine_beside_it_lends_nothing(damage: str, model: Path, out: Path) -> None:
+    broken = build_engine(model, out.with_name("broken"), OPTIONS)
+    if damage == "altered":
+        whole = (broken / "chat.json").read_bytes()
+        (broken / "chat.json").write_bytes(whole[::-1])
+    else:
+        (broken / MANIFEST).unlink()
+    build_engine(model, out, OPTIONS)
+    assert stamps(out)["weights.safetensors"] != stamps(broken)["weights.safetensors"]
+    ChatPieces.from_json((out / "chat.json").read_text())
+
+
 def test_another_weight_format_is_another_engine(model: Path, out: Path) -> None:
     build_engine(model, out, OPTIONS)
     exact = load_manifest(out).fingerprint(load_engine_spec(out))
@@ -144,10 +168,10 @@ def test_a_failed_build_leaves_the_earlier_engine(model: Path, out: Path) -> Non
 
 
 def test_what_a_killed_build_left_is_cleared_away(model: Path, out: Path) -> None:
-    left = out.parent / ".tiny.building-abc"
-    left.mkdir(parents=True)
-    (left / "weights.safetensors").write_text("half")
+    left = build_engine(model, out.parent / ".tiny.building-abc", OPTIONS)  # whole, not yet renamed
+    assert left_overs(out) == [left]
     build_engine(model, out, OPTIONS)
+    load_manifest(out, "sha256")
     assert not left_overs(out)
 
 
