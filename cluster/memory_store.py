@@ -156,6 +156,7 @@ class MemoryStore:
             record.updated_s = self._clock()
             self._append(record, commit.messages)
             self._end(record, commit.fence, "commit")
+        if record.history == commit.history:
             match = HistoryMatch(commit.conversation_id, record.turn)
             self._histories[commit.tenant, commit.history] = match, record
         return self._view(record)
@@ -172,9 +173,7 @@ class MemoryStore:
 
     async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
         match, record = self._histories.get((tenant, history), (None, None))
-        if match is None or record is None or self._find(match.conversation_id) is not record:
-            return None
-        return match if self._still_true(record, match, history) else None
+        return match if match and self._find(match.conversation_id) is record else None
 
     async def ping(self) -> float:
         return 0.0
@@ -230,11 +229,6 @@ class MemoryStore:
         while len(kept) > self._limits.transcript_messages or size > self._limits.transcript_bytes:
             size -= len(kept.pop(0).encode())
             record.transcript_start += 1
-
-    def _still_true(self, record: Record, match: HistoryMatch, history: str) -> bool:
-        if record.turn == match.turn:
-            return record.history == history
-        return record.turn > match.turn
 
     def _view(self, record: Record) -> Conversation:
         new, running = record.new, record.running

@@ -162,15 +162,22 @@ class RedisStore:
             commit.conversation_id,
         )
         conversation = _conversation(commit.conversation_id, answer[0])
+        if conversation.history == commit.history:
+            await self._index(conversation)
+        return conversation
+
+    async def _index(self, conversation: Conversation) -> None:
+        """Remember where the transcript ended. Not knowing it costs a replay, losing a turn is worse."""
+        key = _history_key(conversation.tenant, conversation.history)
         entry = json.dumps(_index_entry(conversation, conversation.turn))
+        ttl = _micros(self._limits.ttl_s)
         try:
             await asyncio.gather(
-                self._call("remember", [_history_key(commit.tenant, commit.history)], [entry, ttl]),
-                self._call("keep", [_tenant_key(commit.tenant)], [2 * ttl]),
+                self._call("remember", [key], [entry, ttl]),
+                self._call("keep", [_tenant_key(conversation.tenant)], [2 * ttl]),
             )
         except StoreUnavailable as error:
             log.warning("turn committed, but its history cannot be matched: %s", error)
-        return conversation
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:
         await self._call(

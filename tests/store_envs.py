@@ -15,15 +15,22 @@ from cluster.store import StoreLimits
 from tests.valkey_fixture import ValkeyServer
 
 CLOCK_KEY = "test:clock"
+EXPIRE = """
+for _, key in ipairs(redis.call('KEYS', 'sinkserve:*')) do
+  local at = redis.call('PEXPIRETIME', key)
+  if at >= 0 and at <= tonumber(ARGV[1]) then redis.call('DEL', key) end
+end
+"""
 
 
 @dataclass(slots=True)
 class HandClock:
-    """Seconds since an arbitrary start."""
+    """Seconds since an arbitrary start; every look at it takes a microsecond."""
 
     now_s: float = 1_000_000.0
 
     def __call__(self) -> float:
+        self.now_s += 1e-6
         return self.now_s
 
 
@@ -56,18 +63,17 @@ class RedisEnv:
     client: redis.Redis
 
     @classmethod
-    async def make(cls, server: ValkeyServer, limits: StoreLimits) -> Self:
-        functions = await FunctionClient.connect(
-            server.url, RedisOptions(timeout_s=10.0), movable_clock(library_text())
-        )
+    async def make(
+        cls, server: ValkeyServer, limits: StoreLimits, library: str | None = None
+    ) -> Self:
+        library = movable_clock(library or library_text())
+        functions = await FunctionClient.connect(server.url, RedisOptions(timeout_s=10.0), library)
         return cls(RedisStore(functions, limits), server.client())
 
     async def advance(self, seconds: float) -> None:
         offset = self.client.incrby(CLOCK_KEY, round(seconds * 1e6))
         now_ms = self.client.time()[0] * 1000 + int(offset) // 1000
-        for key in self.client.keys("sinkserve:*"):
-            if 0 <= self.client.pexpiretime(key) <= now_ms:
-                self.client.delete(key)
+        self.client.eval(EXPIRE, 0, now_ms)
 
     async def record_bytes(self, conversation_id: str) -> int:
         key = f"sinkserve:{{{conversation_id}}}:rec"
