@@ -386,6 +386,25 @@ def test_a_waiting_turn_can_be_cancelled(start: Make) -> None:
     second.converse()
 
 
+def test_a_turn_cancelled_before_its_first_token_ran_keeps_what_was_resident(start: Make) -> None:
+    engine = SteppedToy(free_running=True)
+    loop = start(engine, max_running=2, prefill_tokens=1)
+    first, second = Client(loop, "a"), Client(loop, "b")
+    second.converse()
+    engine.free_running = False
+    first.submit()
+    engine.wait_for_step()
+    second.submit()
+    assert [row.kv_slot for row in engine.finish_step().rows] == [1]
+    loop.cancel("b")
+    engine.run_freely()
+    events = second.finish()
+    assert isinstance(events[-1], TurnEnded)
+    assert (events[-1].reason, events[-1].cached_length) == ("cancelled", 15)
+    loop.discard("b")
+    assert second.converse() == TurnStarted("none", 15, 12)
+
+
 def test_cancelling_a_turn_that_has_ended_changes_nothing(start: Make) -> None:
     client = Client(start(), "a")
     handle = client.submit()
