@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,6 +119,8 @@ class OpenTurn:
         self._token_ids: list[int] = []
         self._logprobs: list[reply.Logprob] = []
         self._shown_logprobs = 0
+        self._logprob_bytes = 0
+        self._shown_bytes = 0
         self._done: TurnDone | None = None
         self._closed = False
         metrics.turn_started()
@@ -128,10 +130,10 @@ class OpenTurn:
         try:
             yield self._chunk(reply.first_chunk(self.head), include_usage)
             async for text in self._texts():
-                piece = reply.chunk(self.head, {"content": text}, self._new_logprobs())
+                piece = reply.chunk(self.head, {"content": text}, self._logprobs_of(text))
                 yield self._chunk(piece, include_usage)
             done = self._committed()
-            last = reply.last_chunk(self.head, done, self._new_logprobs(done.output_ids.tolist()))
+            last = reply.last_chunk(self.head, done, self._last_logprobs(done))
             yield self._chunk(last, include_usage)
             if include_usage:
                 yield reply.usage_chunk(self.head, done)
@@ -143,7 +145,7 @@ class OpenTurn:
         try:
             text = "".join([piece async for piece in self._texts()])
             done = self._committed()
-            logprobs = self._new_logprobs(done.output_ids.tolist())
+            logprobs = self._last_logprobs(done)
             return reply.completion(self.head, done, text, logprobs)
         finally:
             await self.close()
@@ -190,13 +192,26 @@ class OpenTurn:
             raise ServiceError(ErrorInfo("turn_failed", "The turn was cancelled by the service."))
         return self._done
 
-    def _new_logprobs(self, output_ids: Sequence[int] | None = None) -> Json | None:
-        """Those not yet shown; at the end only those of tokens that were committed as sampled."""
-        end = len(self._logprobs)
-        if output_ids is not None:
-            pairs = zip(output_ids, self._token_ids, strict=False)
-            same = [left == right for left, right in pairs]
-            end = min(end, same.index(False) if False in same else len(same))
+    def _logprobs_of(self, text: str) -> Json | None:
+        """Those of the tokens that are shown in full once `text` is."""
+        self._shown_bytes += len(text.encode())
+        end = self._shown_logprobs
+        while end < len(self._logprobs):
+            token_bytes = len(self._decoding.token_bytes(self._logprobs[end][0].token_id))
+            if self._logprob_bytes + token_bytes > self._shown_bytes:
+                break
+            self._logprob_bytes += token_bytes
+            end += 1
+        return self._logprobs_until(end)
+
+    def _last_logprobs(self, done: TurnDone) -> Json | None:
+        """The rest, as far as the tokens were committed as sampled (a stop string cuts some)."""
+        pairs = zip(done.output_ids.tolist(), self._token_ids, strict=False)
+        same = [committed == sampled for committed, sampled in pairs]
+        num_same = same.index(False) if False in same else len(same)
+        return self._logprobs_until(min(num_same, len(self._logprobs)))
+
+    def _logprobs_until(self, end: int) -> Json | None:
         fresh = self._logprobs[self._shown_logprobs : end]
         self._shown_logprobs = max(self._shown_logprobs, end)
         return reply.logprobs_block(fresh, self._decoding.token_bytes) if fresh else None
