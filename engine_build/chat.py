@@ -32,9 +32,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class SlotPart:
-    """Where a message's content goes; "system" stands for a system message folded into the next one."""
+    """Where a message's content goes, stripped as the template strips it there.
+
+    "system" stands for a system message that is rendered inside the next one.
+    """
 
     slot: Slot
+    trim: Trim = "none"
 
 
 Part = Run | SlotPart
@@ -59,8 +63,7 @@ class ChatPieces:
     follows a reply. `reply_only`: the end of a generation prompt that the template leaves out of replies
     further back (Qwen3's empty thinking block); it stays in the cache. `pinned[role]`: what a
     conversation begins with (after `role`, start or system) whatever the first user message says.
-    `trim`: roles whose content the template strips. `nonempty`: roles whose empty content it renders in
-    another way, so they are refused.
+    `nonempty`: roles whose empty content the template renders in another way, so that it is refused.
     """
 
     messages: dict[tuple[str, str], Parts]
@@ -68,7 +71,6 @@ class ChatPieces:
     closing: str
     reply_only: str
     pinned: dict[str, Parts]
-    trim: dict[str, Trim]
     nonempty: frozenset[str]
     eos_ids: tuple[int, ...]
 
@@ -88,11 +90,10 @@ class ChatPieces:
                 raise ChatRolesError(
                     index, "role", f"this model's chat template takes no {role} message {where}"
                 )
-            if not content and role in self.nonempty:
+            if not content.strip() and role in self.nonempty:
                 raise ChatRolesError(
                     index, "content", f"this model's chat template takes no empty {role} message"
                 )
-            content = trimmed(content, self.trim[role])
             runs += _filled(parts, content, folded)
             folded, previous = content, role
         if generate:
@@ -109,8 +110,8 @@ class ChatPieces:
         """The runs of the pinned prefix under these system prompts. Raises ChatRolesError."""
         messages = [("system", content) for content in system]
         runs = self.runs(messages)
-        content = trimmed(system[-1], self.trim["system"]) if system else ""
-        return runs + _filled(self.pinned.get("system" if system else START, ()), "", content)
+        last = system[-1] if system else ""
+        return runs + _filled(self.pinned.get("system" if system else START, ()), "", last)
 
     def to_json(self) -> str:
         fields = {
@@ -123,7 +124,6 @@ class ChatPieces:
             "closing": self.closing,
             "reply_only": self.reply_only,
             "pinned": {role: _to_list(parts) for role, parts in self.pinned.items()},
-            "trim": self.trim,
             "nonempty": sorted(self.nonempty),
             "eos_ids": list(self.eos_ids),
         }
@@ -145,7 +145,6 @@ class ChatPieces:
                 closing=fields["closing"],
                 reply_only=fields["reply_only"],
                 pinned={role: _from_list(parts) for role, parts in fields["pinned"].items()},
-                trim=fields["trim"],
                 nonempty=frozenset(fields["nonempty"]),
                 eos_ids=tuple(fields["eos_ids"]),
             )
@@ -155,8 +154,7 @@ class ChatPieces:
             ) from error
 
 
-def trimmed(content: str, trim: Trim) -> str:
-    """`content` as the template strips it (Python's notion of white space, as Jinja's `trim`)."""
+def _trimmed(content: str, trim: Trim) -> str:
     if trim in ("left", "both"):
         content = content.lstrip()
     if trim in ("right", "both"):
@@ -172,13 +170,22 @@ def joined(runs: Sequence[Run]) -> str:
 def _filled(parts: Parts, content: str, system: str) -> list[Run]:
     values = {"content": content, "system": system}
     return [
-        Run(values[part.slot], plain=True) if isinstance(part, SlotPart) else part for part in parts
+        Run(_trimmed(values[part.slot], part.trim), plain=True)
+        if isinstance(part, SlotPart)
+        else part
+        for part in parts
     ]
 
 
 def _to_list(parts: Parts) -> list[str | dict[str, str]]:
-    return [{"slot": part.slot} if isinstance(part, SlotPart) else part.text for part in parts]
+    return [
+        {"slot": part.slot, "trim": part.trim} if isinstance(part, SlotPart) else part.text
+        for part in parts
+    ]
 
 
 def _from_list(items: list[Any]) -> Parts:
-    return tuple(Run(item) if isinstance(item, str) else SlotPart(item["slot"]) for item in items)
+    return tuple(
+        Run(item) if isinstance(item, str) else SlotPart(item["slot"], item["trim"])
+        for item in items
+    )

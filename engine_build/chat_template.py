@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 from jinja2.exceptions import TemplateError
@@ -78,7 +77,7 @@ class _Template:
         return rendered[0]
 
     def render_or_nothing(self, messages: Messages) -> str:
-        """Templates that fold the system message into the next one may render none alone."""
+        """Templates that render the system message inside the next one may refuse it alone."""
         try:
             return self.render(messages)
         except _Refused:
@@ -99,7 +98,6 @@ def derive_chat_pieces(source: TextSource) -> ChatPieces:
         closing=closing,
         reply_only=reply_only,
         pinned=_pinned(messages),
-        trim={role: _trim(template, messages, role) for role in ROLES},
         nonempty=frozenset(),
         eos_ids=_eos_ids(source, closing),
     )
@@ -113,36 +111,38 @@ def _messages(template: _Template) -> dict[tuple[str, str], Parts]:
     messages: dict[tuple[str, str], Parts] = {}
     for before, role in itertools.product((START, *ROLES), ROLES):
         try:
-            parts = _parts(_added(template, before, role))
+            parts = _parts(_added(template, before, role), _trims(template, before, role))
         except _Refused:
             continue
-        holds_content = SlotPart("content") in parts
-        if holds_content or (before, role) == (START, "system"):
+        if _slots(parts) >= {"content"} or (before, role) == (START, "system"):
             messages[before, role] = parts
-    if SlotPart("content") in messages.get((START, "system"), ()):
+    if "content" in _slots(messages.get((START, "system"), ())):
         return messages
     # Llama 2: the system message is rendered inside the next one, or silently dropped.
     messages = {
         key: parts
         for key, parts in messages.items()
-        if key[0] != "system" or SlotPart("system") in parts
+        if key[0] != "system" or "system" in _slots(parts)
     }
     if not any(before == "system" for before, _ in messages):
         messages.pop((START, "system"), None)
     return messages
 
 
-def _context(before: str) -> Messages:
+def _slots(parts: Parts) -> set[str]:
+    return {part.slot for part in parts if isinstance(part, SlotPart)}
+
+
+def _context(before: str, content: str = EARLIER) -> Messages:
     if before == "assistant":
-        return [("user", "hello"), ("assistant", EARLIER)]
-    return [] if before == START else [(before, EARLIER)]
+        return [("user", "hello"), ("assistant", content)]
+    return [] if before == START else [(before, content)]
 
 
 def _added(template: _Template, before: str, role: str) -> str:
     """What a message of `role` with content NOW adds after a message of role `before`."""
     context = _context(before)
-    optional = before in (START, "system")
-    earlier = template.render_or_nothing(context) if optional else template.render(context)
+    earlier = "" if before == START else template.render_or_nothing(context)
     whole = template.render([*context, (role, NOW)])
     end = len(whole)
     if role == "assistant" and NOW in whole:
@@ -177,13 +177,36 @@ def _not_append_only(problem: str) -> SpecError:
     return SpecError("chat_template", f"not append-only: {problem}", FIX)
 
 
-def _parts(text: str) -> Parts:
+def _trims(template: _Template, before: str, role: str) -> dict[str, Trim]:
+    """How the template strips each mark's content, where it is shown."""
+    padded: Messages = [
+        *_context(before, PADDING + EARLIER + PADDING),
+        (role, PADDING + NOW + PADDING),
+    ]
+    text = template.render_or_nothing([*padded, ("user", LATER)])
+    if NOW not in text:
+        text = template.render(padded)
+    return {mark: _trim(text, mark) for mark in (NOW, EARLIER) if mark in text}
+
+
+def _trim(text: str, mark: str) -> Trim:
+    left, right = text.split(mark)[:2]
+    kinds: dict[tuple[bool, bool], Trim] = {
+        (True, True): "none",
+        (False, True): "left",
+        (True, False): "right",
+        (False, False): "both",
+    }
+    return kinds[left.endswith(PADDING), right.startswith(PADDING)]
+
+
+def _parts(text: str, trims: dict[str, Trim]) -> Parts:
     parts: list[Part] = []
     for piece in re.split(f"({NOW}|{EARLIER})", text):
         if piece == NOW:
-            parts.append(SlotPart("content"))
+            parts.append(SlotPart("content", trims.get(NOW, "none")))
         elif piece == EARLIER:
-            parts.append(SlotPart("system"))
+            parts.append(SlotPart("system", trims.get(EARLIER, "none")))
         elif piece:
             parts.append(Run(piece))
     slots = [part for part in parts if isinstance(part, SlotPart)]
@@ -207,8 +230,8 @@ def _generation(
     """The generation prompt after each role that has one, and its end that older replies lack."""
     prompts: dict[str, str] = {}
     for role in ROLES:
-        alone_empty = role == "system" and not _has_content(messages, (START, "system"))
-        if (role, "assistant") not in messages or alone_empty:
+        shown = role != "system" or _shows_system_alone(messages)
+        if (role, "assistant") not in messages or not shown:
             continue
         try:
             before = template.render(_context(role))
@@ -234,8 +257,8 @@ def _generation(
     return fitting, reply_only
 
 
-def _has_content(messages: dict[tuple[str, str], Parts], key: tuple[str, str]) -> bool:
-    return SlotPart("content") in messages.get(key, ())
+def _shows_system_alone(messages: dict[tuple[str, str], Parts]) -> bool:
+    return "content" in _slots(messages.get((START, "system"), ()))
 
 
 def _closing(messages: dict[tuple[str, str], Parts]) -> str:
@@ -252,33 +275,15 @@ def _pinned(messages: dict[tuple[str, str], Parts]) -> dict[str, Parts]:
     pinned: dict[str, Parts] = {}
     for before in (START, "system"):
         parts = messages.get((before, "user"), ())
-        if SlotPart("content") not in parts:
-            continue
-        prefix = list(parts[: parts.index(SlotPart("content"))])
+        prefix = list(itertools.takewhile(lambda part: not _is_content(part), parts))
         if prefix and isinstance(prefix[-1], Run):
             prefix[-1] = Run(prefix[-1].text.removesuffix(header))
         pinned[before] = tuple(part for part in prefix if part != Run(""))
     return pinned
 
 
-def _trim(template: _Template, messages: dict[tuple[str, str], Parts], role: str) -> Trim:
-    before = next((before for before, after in messages if after == role), None)
-    if before is None:
-        return "none"
-    padded = [*_context(before), (role, PADDING + NOW + PADDING)]
-    for shown in ([*padded, ("user", LATER)], padded):
-        text = template.render_or_nothing(shown)
-        if NOW in text:
-            left, right = text.split(NOW)
-            kept = left.endswith(PADDING), right.startswith(PADDING)
-            kinds: dict[tuple[bool, bool], Trim] = {
-                (True, True): "none",
-                (False, True): "left",
-                (True, False): "right",
-                (False, False): "both",
-            }
-            return kinds[kept]
-    return "none"
+def _is_content(part: Part) -> bool:
+    return isinstance(part, SlotPart) and part.slot == "content"
 
 
 def _eos_ids(source: TextSource, closing: str) -> tuple[int, ...]:
@@ -301,10 +306,10 @@ def _first_difference(
     template: _Template, pieces: ChatPieces, contents: dict[str, str]
 ) -> str | None:
     """Compare with the template every transcript of up to VERIFIED_MESSAGES messages the pieces allow."""
-    for count in range(1, VERIFIED_MESSAGES + 1):
+    for count, padding in itertools.product(range(1, VERIFIED_MESSAGES + 1), (PADDING, "\n ")):
         for roles in itertools.product(ROLES, repeat=count):
             messages = [
-                (role, contents.get(role, f"{PADDING}Größe {number}: 😀\nnext{PADDING}"))
+                (role, contents.get(role, f"{padding}Größe {number}: 😀\nnext{padding}"))
                 for number, role in enumerate(roles)
             ]
             try:
@@ -320,7 +325,7 @@ def _first_difference(
 def _same(template: _Template, pieces: ChatPieces, messages: Messages) -> bool:
     expected = joined(pieces.runs(messages))
     last = messages[-1][0]
-    if last == "system" and not _has_content(pieces.messages, (START, "system")):
+    if last == "system" and not _shows_system_alone(pieces.messages):
         return True  # it shows in the next message only
     if last == "assistant" and pieces.reply_only:
         return template.render([*messages, ("user", LATER)]).startswith(expected)
@@ -349,18 +354,3 @@ def _verify_tokens(tokenizer: Tokenizer, pieces: ChatPieces) -> None:
                     "a text encodes differently in stretches between special tokens",
                     "Use the model's own fast tokenizer",
                 )
-
-
-def write_text_files(source: TextSource, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat.json of an engine directory.
-
-    Raises SpecError when the chat template cannot be served, before anything is written.
-    """
-    pieces = derive_chat_pieces(source)
-    files = {
-        "tokenizer.json": source.tokenizer.to_str(),
-        "tokenizer_config.json": source.config_json(),
-        "chat.json": pieces.to_json(),
-    }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")

@@ -9,10 +9,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.valkey_fixture import redis_url, valkey_server
 
 __all__ = ["redis_url", "valkey_server"]
+
+# No test asserts on time: the machine may be busy.
+settings.register_profile("sinkserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sinkserve")
 
 
 @pytest.fixture(scope="session")
