@@ -272,7 +272,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.drop(name)
 
     @invariant()
-    def agrees(self) -> None:
+    def check_integrity(self) -> None:
         self.residency.check_integrity()
         expected = tuple(Resident(*entry[:3]) for entry in self.clean[::-1])
         assert self.residency.residents(9) == expected
