@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import psutil
 import redis
 
 MAX_MEMORY_BYTES = 1 << 30
 START_TIMEOUT_S = 60.0
+PID_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 30.0
 MAX_SOCKET_PATH_BYTES = 100
 """sun_path holds 108 bytes on Linux and 104 on macOS, with a terminating zero."""
@@ -71,6 +72,10 @@ class _Home:
             return None
         url: str = json.loads(self.address.read_text())["url"]
         return url
+
+    def has_pid(self) -> bool:
+        """Whether the server got as far as writing its process id."""
+        return self.pid_file.exists() and self.pid_file.read_text().endswith("\n")
 
     def process(self) -> psutil.Process | None:
         """The server's process, if it lives."""
@@ -181,8 +186,7 @@ def _start(home: _Home, max_memory_bytes: int) -> str:
         settings |= {"unixsocket": home.socket, "unixsocketperm": 700}
         url = f"unix://{quote(str(home.socket))}"
     else:
-        # Any user of this machine can reach a loopback port, so it needs a password.
-        port, password = _free_port(), secrets.token_urlsafe(32)
+        port, password = _loopback_address(home)
         settings |= {"port": port, "requirepass": password}
         url = f"redis://:{password}@127.0.0.1:{port}/0"
     home.pid_file.unlink(missing_ok=True)
@@ -202,8 +206,8 @@ def _start(home: _Home, max_memory_bytes: int) -> str:
 
 
 def _wait_until_ready(home: _Home, url: str) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline_s:
+    started_s = time.monotonic()
+    while time.monotonic() < started_s + START_TIMEOUT_S:
         try:
             with _client(url) as client:
                 client.ping()
@@ -214,7 +218,8 @@ def _wait_until_ready(home: _Home, url: str) -> None:
             ) from error
         except (redis.ConnectionError, redis.TimeoutError):
             time.sleep(_POLL_S)
-        if home.pid_file.exists() and home.process() is None:
+        is_late = time.monotonic() > started_s + PID_TIMEOUT_S
+        if home.process() is None and (is_late or home.has_pid()):
             break
     raise EmbeddedError(f"the store does not answer; the end of {home.log}:\n{home.log_tail()}")
 
@@ -235,11 +240,27 @@ def _server_binary() -> str:
         ) from error
 
 
-def _free_port() -> int:
+def _loopback_address(home: _Home) -> tuple[int, str]:
+    """Port and password, the same as last time if the port is free: clients may still know them.
+
+    Any user of this machine can reach a loopback port, so it needs a password.
+    """
+    last = urlsplit(home.url() or "")
+    if last.port and last.password and _is_free(last.port):
+        return last.port, last.password
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1]), secrets.token_urlsafe(32)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _write_private(path: Path, text: str) -> None:

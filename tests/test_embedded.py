@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -164,8 +165,27 @@ def test_long_path_falls_back_to_a_protected_loopback_port(data_dir: Path) -> No
             stranger.ping()
         assert stat.S_IMODE(os.stat(deep / "store" / "address.json").st_mode) == 0o600
         assert embedded.ensure_running(deep) == url
+        kill(server_of(url))
+        assert embedded.ensure_running(deep) == url
+        server_of(url)
     finally:
         embedded.stop(deep)
+
+
+def test_a_taken_loopback_port_is_replaced(data_dir: Path) -> None:
+    deep = data_dir / ("x" * 100)
+    url = embedded.ensure_running(deep)
+    embedded.stop(deep)
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        thief.bind(("127.0.0.1", int(url.rsplit(":", 1)[1].split("/")[0])))
+        thief.listen()
+        try:
+            moved = embedded.ensure_running(deep)
+            assert moved != url
+            server_of(moved)
+        finally:
+            embedded.stop(deep)
 
 
 def test_special_characters_in_the_path(data_dir: Path) -> None:
