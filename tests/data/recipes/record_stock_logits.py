@@ -118,7 +118,7 @@ def record_tiny() -> None:
             logits = model(ids).logits[0].numpy()
         arrays[f"{family}/positions"] = np.array(TINY_POSITIONS, dtype=np.int32)
         arrays[f"{family}/logits"] = logits[TINY_POSITIONS].astype(np.float32)
-    np.savez_compressed(DATA / "stock_logits_tiny.npz", **arrays)
+    np.savez_compressed(DATA / "stock_logits_tiny.npz", allow_pickle=False, **arrays)
 
 
 def record_rope() -> None:
@@ -161,7 +161,7 @@ def record_smollm2(gguf_file: Path) -> None:
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", **options
     )
     return model.eval()
