@@ -28,6 +28,7 @@ import redis
 MAX_MEMORY_BYTES = 1 << 30
 START_TIMEOUT_S = 60.0
 PID_TIMEOUT_S = 20.0
+PORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 30.0
 MAX_SOCKET_PATH_BYTES = 100
 """sun_path holds 108 bytes on Linux and 104 on macOS, with a terminating zero."""
@@ -246,8 +247,12 @@ def _loopback_address(home: _Home) -> tuple[int, str]:
     Any user of this machine can reach a loopback port, so it needs a password.
     """
     last = urlsplit(home.url() or "")
-    if last.port and last.password and _is_free(last.port):
-        return last.port, last.password
+    # A killed process may hold its port for a moment longer than it seems to live.
+    deadline_s = time.monotonic() + PORT_TIMEOUT_S
+    while last.port and last.password and time.monotonic() < deadline_s:
+        if _is_free(last.port):
+            return last.port, last.password
+        time.sleep(_POLL_S)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1]), secrets.token_urlsafe(32)
