@@ -1,6 +1,9 @@
 """The Ray Serve application: `serve deploy` imports `deployments.app:build`.
 
-HTTP -> Ingress -> ConversationRouter -> SinkReplica
+    HTTP -> Ingress -> ConversationRouter -> SinkReplica
+
+Serve restarts every actor when the application's args change. What may change while they run goes into
+the `deployments` section of the deployed file: `num_replicas` and `user_config` (the tunables).
 """
 
 from __future__ import annotations
@@ -36,8 +39,7 @@ def build(args: Mapping[str, Any]) -> Application:
     if config.redis_url == EMBEDDED:
         url = ensure_running(config.data_dir or sinkserve_home() / "data")
         config = config.model_copy(update={"redis_url": url})
-    fields = config.model_dump(mode="json", exclude_unset=True)
-    fields["redis_url"] = config.redis_url
+    fields = config.model_dump(mode="json", include=config.model_fields_set)
     # Ray types what `serve.deployment` returns as a decorator.
     engine: Any = serve.deployment(SinkReplica)
     front: Any = serve.deployment(serve.ingress()(Ingress))

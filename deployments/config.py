@@ -21,6 +21,7 @@ TOY_MODEL = "toy"
 DEMO_MODEL = "smollm2-135m-instruct"
 EMBEDDED = "embedded"
 
+MAX_INPUT_TOKENS = 1 << 20
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -43,7 +44,7 @@ class Limits(_Strict):
     max_input_tokens: int = Field(
         default=8192,
         ge=1,
-        le=1 << 20,
+        le=MAX_INPUT_TOKENS,
         description="Input of one turn, tokens. May exceed the window.",
     )
     max_output_tokens: int = Field(
@@ -284,11 +285,10 @@ class ServiceConfig(Tunables):
     def max_replicas(self) -> int:
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
-    @property
-    def threads(self) -> int:
-        """Threads of one CPU engine."""
+    def threads_of(self, num_replicas: int) -> int:
+        """Threads of one CPU engine where this many replicas share the machine."""
         cores = os.cpu_count() or 1
-        return self.threads_per_replica or max(1, cores // self.max_replicas)
+        return self.threads_per_replica or max(1, cores // max(1, num_replicas))
 
     @property
     def max_ongoing_turns(self) -> int:

@@ -61,7 +61,7 @@ def locate_engine(
         raise ConfigError([f"model: {error}"]) from error
 
 
-def start_engine(config: ServiceConfig, files: EngineFiles) -> Engine:
+def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Engine:
     """The engine in this process. Raises ConfigError when the memory budget holds no kv_slot."""
     if files.folder is None:
         slots = config.memory_budget_bytes // files.spec.slot_bytes
@@ -80,7 +80,7 @@ def start_engine(config: ServiceConfig, files: EngineFiles) -> Engine:
         return OnnxEngine(
             files.folder,
             memory_budget_bytes=config.memory_budget_bytes,
-            threads=config.threads,
+            threads=threads,
             capacity=files.spec.capacity,
         )
     except SpecError as error:

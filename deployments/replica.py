@@ -25,6 +25,13 @@ def store_limits(config: ServiceConfig) -> StoreLimits:
     return StoreLimits(ttl_s=config.conversation_ttl_s, input_tokens=config.limits.max_input_tokens)
 
 
+def _replicas_here(config: ServiceConfig) -> int:
+    """How many replicas may come to share a machine; not a field, lest a change restarts them all."""
+    if config.autoscaling is not None:
+        return config.autoscaling.max_replicas
+    return serve.get_replica_context().world_size
+
+
 class SinkReplica:
     """`config` is a ServiceConfig as JSON. The replica's name is Serve's id of this actor: the router
     knows it by the same name, and the store keeps it as the owner."""
@@ -33,7 +40,8 @@ class SinkReplica:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         self._config = load_config(config)
         files = await asyncio.to_thread(locate_engine, self._config)
-        engine = await asyncio.to_thread(start_engine, self._config, files)
+        threads = self._config.threads_of(_replicas_here(self._config))
+        engine = await asyncio.to_thread(start_engine, self._config, files, threads)
         store = await RedisStore.connect(self._config.redis_url, store_limits(self._config))
         replica = serve.get_replica_context().replica_id.unique_id
         loop = EngineLoop(

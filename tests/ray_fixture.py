@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ TOY = {
     "model": "toy",
     "capacity": 64,
     "max_chunk": 16,
-    "replicas": 2,
     "cpus_per_replica": 0.1,
     "max_running": 8,
     "max_waiting": 40,
@@ -66,13 +66,13 @@ def ray_cluster() -> Iterator[int]:
             include_dashboard=False,
             object_store_memory=100 << 20,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _temp_dir=str(directory),
         )
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield port
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
         for name, value in before.items():
             if value is None:
@@ -87,7 +87,8 @@ class RayService:
     """The application as tests see it."""
 
     port: int
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any]
+    num_replicas: int = 2
 
     @property
     def url(self) -> str:
@@ -96,15 +97,26 @@ class RayService:
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60.0)
 
-    def deploy(self, **changes: Any) -> None:
-        """Run the application with these fields changed; returns when it is ready."""
-        from ray import serve
+    def deploy(self, num_replicas: int = 2, **user_config: Any) -> None:
+        """What `serve deploy` does; returns when the application is as wanted."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
 
-        from deployments.app import build
-
-        self.fields.update(changes)
-        serve.run(build(self.fields), name=APPLICATION, route_prefix="/")
-        self.wait_for_replicas(self.fields["replicas"])
+        overrides = {"user_config": user_config} if user_config else {}
+        application = {
+            "name": APPLICATION,
+            "route_prefix": "/",
+            "import_path": "deployments.app:build",
+            "args": self.fields,
+            "deployments": [
+                {"name": "SinkReplica", "num_replicas": num_replicas, **overrides},
+                {"name": "Ingress", **overrides},
+            ],
+        }
+        schema = ServeDeploySchema.model_validate({"applications": [application]})
+        serve_client: Any = _get_global_client()
+        serve_client.deploy_apps(schema, _blocking=True)
+        self.wait(lambda: len(self.replicas()) == num_replicas)
 
     def stop(self) -> None:
         from ray import serve
@@ -126,9 +138,6 @@ class RayService:
         health: dict[str, Any] = httpx.get(f"{self.url}/healthz", timeout=30.0).json()
         found = health.get("replicas") or health.get("error", {}).get("replicas") or []
         return {one["replica"]: one for one in found}
-
-    def wait_for_replicas(self, count: int) -> None:
-        self.wait(lambda: len(self.replicas()) == count)
 
     def wait(self, check: Callable[[], bool], within_s: float = READY_WITHIN_S) -> None:
         """Poll until `check` holds; an unreachable service counts as not yet."""

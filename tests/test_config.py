@@ -62,7 +62,7 @@ def test_defaults_are_valid_and_survive_json() -> None:
     again = load_config(json.loads(config.model_dump_json(exclude_unset=True)))
     assert again == config
     assert config.model_name == "smollm2-135m-instruct"
-    assert config.threads >= 1
+    assert config.threads_of(1) >= config.threads_of(2) >= config.threads_of(10_000) == 1
 
 
 def test_the_demo_model_has_its_own_sampling_and_others_keep_the_apis() -> None:
@@ -82,6 +82,10 @@ def test_an_engine_directory_keeps_its_capacity_unless_overruled() -> None:
     assert load_config({"model": "engines/x"}).capacity_override is None
     assert load_config({"model": "engines/x", "capacity": 256}).capacity_override == 256
     assert load_config({}).capacity_override == 512
+
+
+def test_threads_can_be_fixed() -> None:
+    assert load_config({"threads_per_replica": 3}).threads_of(10_000) == 3
 
 
 def test_tunables_travel_as_user_config() -> None:
