@@ -86,7 +86,7 @@ class ConversationRouter(RequestRouter):
         # The record was read for this very request: fresher than what this process last chose.
         owners = [call.owner_hint if call else "", self._table.owner(key)]
         by_name = {r.replica_id.unique_id: r for r in self._replicas_list}
-        views = [self._view(r, now_s) for r in self._replicas_list]
+        views = self._views(now_s)
         decision = self._placement.decide(key, owners, views, self._waited_s(pending_request))
         if isinstance(decision, Placed):
             if conversation_id:
@@ -98,13 +98,19 @@ class ConversationRouter(RequestRouter):
             )
         return None
 
-    def _view(self, replica: RunningReplica, now_s: float) -> ReplicaView:
-        stats: dict[str, Any] = replica.routing_stats or {}
+    def _views(self, now_s: float) -> list[ReplicaView]:
+        known = [r.routing_stats.get("free_slots", 0) for r in self._replicas_list]
+        # A replica that has just started has no statistics yet, and surely free slots.
+        most_free = max(known, default=0)
+        return [self._view(r, int(most_free), now_s) for r in self._replicas_list]
+
+    def _view(self, replica: RunningReplica, default_free_slots: int, now_s: float) -> ReplicaView:
+        stats: dict[str, Any] = replica.routing_stats
         name = replica.replica_id.unique_id
-        taken = self._table.recently_taken(name, now_s)
+        free_slots = int(stats.get("free_slots", default_free_slots))
         return ReplicaView(
             replica=name,
-            free_slots=int(stats.get("free_slots", 0)) - taken,
+            free_slots=free_slots - self._table.recently_taken(name, now_s),
             running=int(stats.get("running", 0)),
             waiting=int(stats.get("waiting", 0)),
             full=self._is_full(replica),

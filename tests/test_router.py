@@ -102,6 +102,17 @@ def test_new_conversations_spread_before_statistics_catch_up_and_then_stay() -> 
     run(scenario)
 
 
+def test_a_replica_without_statistics_yet_gets_its_share() -> None:
+    async def scenario() -> None:
+        fresh = Replica("b")
+        fresh.stats = {}
+        router = make_router(Replica("a", 8), fresh)
+        chosen = [await choose(router, call(f"conv_{n}")) for n in range(8)]
+        assert chosen.count("a") == chosen.count("b") == 4
+
+    run(scenario)
+
+
 def test_the_records_owner_beats_what_this_router_remembers() -> None:
     async def scenario() -> None:
         router = make_router(Replica("a", 8), Replica("b", 0))
