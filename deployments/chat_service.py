@@ -23,7 +23,7 @@ from deployments.openai_schema import (
     parse_create,
 )
 from deployments.store_errors import store_errors
-from deployments.strict_json import Tree, check_object, refuse
+from deployments.strict_json import check_object, refuse
 from deployments.turn_call import ReplicaStats
 from deployments.turn_opening import ChatCodec, FrontConfig, TurnOpener
 
@@ -73,7 +73,7 @@ class ChatService:
         """Returns once a replica has accepted the turn. The caller reads it or closes it."""
         return await self._opener.open(request, tenant)
 
-    async def chat(self, body: Tree, tenant: str = DEFAULT_TENANT) -> Json:
+    async def chat(self, body: object, tenant: str = DEFAULT_TENANT) -> Json:
         """A `chat.completion`."""
         request = self.parse(body)
         if request.stream:
@@ -82,7 +82,7 @@ class ChatService:
         return await turn.completion()
 
     async def chat_stream(
-        self, body: Tree, tenant: str = DEFAULT_TENANT
+        self, body: object, tenant: str = DEFAULT_TENANT
     ) -> AsyncGenerator[Json, None]:
         """`chat.completion.chunk` objects; `stream` is implied."""
         checked = check_object(body, self.config.max_body_bytes)
@@ -94,7 +94,7 @@ class ChatService:
             async for chunk in chunks:
                 yield chunk
 
-    async def create_conversation(self, body: Tree, tenant: str = DEFAULT_TENANT) -> Json:
+    async def create_conversation(self, body: object, tenant: str = DEFAULT_TENANT) -> Json:
         """An empty conversation, with its system prompt pinned."""
         request = parse_create(check_object(body, self.config.max_body_bytes))
         record = await self._opener.create(request.messages, request.metadata, tenant)

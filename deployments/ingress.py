@@ -37,7 +37,7 @@ from deployments.errors import ErrorInfo, ServiceError
 from deployments.metrics import CONTENT_TYPE
 from deployments.open_turn import OpenTurn
 from deployments.openai_schema import apply_headers
-from deployments.strict_json import Tree, parse_object, refuse, shown
+from deployments.strict_json import decode_json, refuse, shown
 
 log = logging.getLogger(__name__)
 
@@ -158,10 +158,10 @@ class _Api:
     async def metrics(self, request: Request, tenant: str) -> Response:
         return Response(await self._service.metrics_text(), media_type=CONTENT_TYPE)
 
-    async def _body(self, request: Request) -> Tree:
+    async def _body(self, request: Request) -> object:
         _check_content_type(request)
         limit = self._service.config.max_body_bytes
-        return parse_object(await _read(request, limit), limit)
+        return decode_json(await _read(request, limit), limit)
 
 
 class _Endpoint:

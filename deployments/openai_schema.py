@@ -68,6 +68,16 @@ _READ = frozenset(
     | {"frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "ignore_eos"}
     | {"metadata", "conversation", "expect_turn"}
 )
+_NOT_OF_TEXT = (
+    "refusal",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "audio",
+    "annotations",
+)
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", *_NOT_OF_TEXT})
+_PART_FIELDS = frozenset({"type", "text"})
 CHAT_FIELDS = _READ | frozenset(_ONLY) | frozenset(_LABELS)
 
 
@@ -209,11 +219,7 @@ def _messages(values: list[Any], path: str) -> tuple[Message, ...]:
 def _message(value: object, path: str) -> Message:
     if not isinstance(value, dict):
         refuse("invalid_type", f"Expected an object, got {json_type(value)}.", path)
-    known = frozenset(
-        {"role", "content", "name", "refusal", "tool_calls", "tool_call_id", "function_call"}
-        | {"audio", "annotations"}
-    )
-    fields = Fields(value, path, known)
+    fields = Fields(value, path, _MESSAGE_FIELDS)
     role = fields.text("role")
     if role is None:
         refuse("missing_field", "A message needs a role.", fields.at("role"))
@@ -221,7 +227,7 @@ def _message(value: object, path: str) -> Message:
         refuse("unsupported_value", "Tools are not supported.", fields.at("role"))
     if role not in _ROLES:
         refuse("invalid_value", f"Must be one of {', '.join(_ROLES)}.", fields.at("role"))
-    for name in ("refusal", "tool_calls", "tool_call_id", "function_call", "audio", "annotations"):
+    for name in _NOT_OF_TEXT:
         if fields.value(name) not in (None, []):
             refuse("unsupported_value", f"{name} is not supported.", fields.at(name))
     # Checked and then left out: chat templates have no place for a speaker's name.
@@ -230,11 +236,12 @@ def _message(value: object, path: str) -> Message:
 
 
 def _content(fields: Fields) -> str:
-    content, path = fields.value("content"), fields.at("content")
-    if content is None:
-        refuse("missing_field", "A message needs content.", path)
+    content = fields.value("content")
     if isinstance(content, str):
         return content
+    path = fields.at("content")
+    if content is None:
+        refuse("missing_field", "A message needs content.", path)
     if not isinstance(content, list):
         wrong_type(content, "a string or an array of text parts", path)
     if not content:
@@ -252,7 +259,7 @@ def _part(value: object, path: str) -> str:
         wrong_type(kind, "a string", child(path, "type"))
     if kind != "text":
         refuse("unsupported_value", "Only text parts are supported.", child(path, "type"))
-    fields = Fields(value, path, frozenset({"type", "text"}))
+    fields = Fields(value, path, _PART_FIELDS)
     text = fields.text("text")
     if text is None:
         refuse("missing_field", "A text part needs text.", fields.at("text"))

@@ -66,11 +66,10 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= _MAX_DIGITS else math.inf
 
 
-def parse_object(body: bytes, max_size: int) -> Tree:
-    """Decode and check a JSON object.
+def decode_json(body: bytes, max_size: int) -> object:
+    """Decode a body. What it holds is for `check_object` to judge: duplicate keys, NaN...
 
-    Raises ServiceError: request_too_large, invalid_encoding, invalid_json, duplicate_key,
-    invalid_type, invalid_value.
+    Raises ServiceError: request_too_large, invalid_encoding, invalid_json.
     """
     if len(body) > max_size:
         refuse("request_too_large", f"The body has more than {max_size} bytes.")
@@ -79,17 +78,17 @@ def parse_object(body: bytes, max_size: int) -> Tree:
     except UnicodeDecodeError as error:
         refuse("invalid_encoding", f"The body is not UTF-8 at byte {error.start}.")
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        value: object = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         refuse("invalid_json", f"The body is not JSON: {error.msg} at {where}.")
     except RecursionError:
         refuse("invalid_json", f"The body is nested more than {MAX_DEPTH} levels deep.")
-    return check_object(value, max_size)
+    return value
 
 
 def check_object(value: object, max_size: int) -> Tree:
-    """Check a value that came as Python objects (or from `parse_object`); returns it.
+    """Check a value that came as Python objects or from `decode_json`; returns it.
 
     `max_size` bounds the characters of all strings plus one for every value. Raises ServiceError:
     request_too_large, invalid_encoding, invalid_json, duplicate_key, invalid_type, invalid_value.
@@ -97,7 +96,7 @@ def check_object(value: object, max_size: int) -> Tree:
     if not isinstance(value, dict):
         refuse("invalid_type", f"The body must be a JSON object, not {json_type(value)}.")
     walk = _Walk(max_size)
-    walk.visit(value, "", 0)
+    walk.visit(value, None, 0)
     return value
 
 
@@ -116,47 +115,65 @@ def json_type(value: object) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
 
 
+_Where = tuple[Any, str | int] | None
+"""A path as (path of the parent, key): made for every value, rendered only for the one at fault."""
+
+
+def _rendered(where: _Where) -> str | None:
+    if where is None:
+        return None
+    return child(_rendered(where[0]) or "", where[1])
+
+
 @dataclass(slots=True)
 class _Walk:
     room: int
 
-    def visit(self, value: object, path: str, depth: int) -> None:
+    def visit(self, value: object, where: _Where, depth: int) -> None:
         if depth > MAX_DEPTH:
-            refuse("invalid_json", f"The body is nested more than {MAX_DEPTH} levels deep.", path)
+            message = f"The body is nested more than {MAX_DEPTH} levels deep."
+            refuse("invalid_json", message, _rendered(where))
         self._take(1)
         if isinstance(value, str):
-            self._text(value, path)
+            self._text(value, where)
         elif isinstance(value, dict):
-            self._members(value, path, depth)
+            self._members(value, where, depth)
         elif isinstance(value, list):
             for index, item in enumerate(value):
-                self.visit(item, child(path, index), depth + 1)
+                self.visit(item, (where, index), depth + 1)
         elif isinstance(value, float):
             if not math.isfinite(value):
-                refuse("invalid_value", "NaN, Infinity and numbers too large are refused.", path)
+                message = "NaN, Infinity and numbers too large are refused."
+                refuse("invalid_value", message, _rendered(where))
         elif isinstance(value, int):
             if abs(value) > MAX_INT:
-                refuse("invalid_value", "Integers beyond 64 bits are refused.", path)
+                message = "Integers beyond 64 bits are refused."
+                refuse("invalid_value", message, _rendered(where))
         elif value is not None:
-            refuse("invalid_type", f"{json_type(value)} is not a JSON type.", path)
+            message = f"{json_type(value)} is not a JSON type."
+            refuse("invalid_type", message, _rendered(where))
 
-    def _members(self, value: dict[Any, Any], path: str, depth: int) -> None:
+    def _members(self, value: dict[Any, Any], where: _Where, depth: int) -> None:
         if isinstance(value, _WithDuplicate):
-            where = child(path, value.duplicate)
-            refuse("duplicate_key", f"The key {shown(value.duplicate)!r} is given twice.", where)
+            message = f"The key {shown(value.duplicate)!r} is given twice."
+            refuse("duplicate_key", message, _rendered((where, value.duplicate)))
         for key, item in value.items():
+            inside = (where, key)
             if not isinstance(key, str):
-                refuse("invalid_type", "The keys of an object must be strings.", path or None)
-            self._text(key, child(path, key))
-            self.visit(item, child(path, key), depth + 1)
+                message = "The keys of an object must be strings."
+                refuse("invalid_type", message, _rendered(where))
+            self._text(key, inside)
+            self.visit(item, inside, depth + 1)
 
-    def _text(self, text: str, path: str) -> None:
+    def _text(self, text: str, where: _Where) -> None:
         self._take(len(text))
+        if text.isascii():
+            return
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             message = f"The text holds a lone surrogate at character {error.start}."
-            refuse("invalid_encoding", message, path)
+            refuse("invalid_encoding", message, _rendered(where))
 
     def _take(self, size: int) -> None:
         self.room -= size

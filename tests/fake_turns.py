@@ -53,6 +53,7 @@ class Script:
     fail: ErrorInfo | Exception | None = None
     fail_at: int = 2
     vanish_at: int | None = None
+    vanish_committed: bool = False
     accept_gate: asyncio.Event | None = None
     gate: asyncio.Event | None = None
     gate_at: int = 2
@@ -124,6 +125,8 @@ class FakeEngine:
                 )
             )
             committed = True
+            if script.vanish_committed:
+                return
             usage = TurnUsage(
                 input_tokens=len(call.input_ids),
                 output_tokens=len(sampled),

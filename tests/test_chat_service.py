@@ -241,8 +241,11 @@ async def test_a_history_whose_conversation_is_running_forks(front: Front) -> No
     running = asyncio.create_task(front.service.chat(ask(*history)))
     await script.at_gate.wait()
     fork = await front.service.chat(ask(*history))
+    # The busy owner was not even asked.
+    assert len({call.conversation_id for call in front.engine.calls[2:]}) == 1
     assert script.gate is not None
     script.gate.set()
+    assert fork["conversation"]["id"] == front.engine.calls[2].conversation_id
     assert fork["conversation"]["id"] != (await running)["conversation"]["id"]
 
 
@@ -448,6 +451,16 @@ async def test_a_named_conversation_survives_a_failed_turn(front: Front) -> None
     assert (await refused(front, ask(user("b"), conversation=named))).code == "internal_error"
     again = await front.service.chat(ask(user("b"), conversation=named, expect_turn=1))
     assert again["conversation"]["turn"] == 2
+
+
+async def test_a_committed_turn_is_kept_though_nobody_was_told(front: Front) -> None:
+    front.engine.scripts.append(Script(vanish_committed=True))
+    assert (await refused(front, ask(user("a")))).code == "replica_lost"
+    await front.service.close()
+    assert len(await all_ids(front)) == 1
+    # A client that tries again starts anew; one that looks finds the reply.
+    page = await front.service.transcript((await all_ids(front))[0])
+    assert [entry["content"] for entry in page["data"]] == ["a", "Good day."]
 
 
 @pytest.mark.parametrize("where", ["accept_gate", "gate"])

@@ -26,13 +26,17 @@ from deployments.openai_schema import (
     parse_chat,
     parse_create,
 )
-from deployments.strict_json import MAX_DEPTH, Tree, check_object, parse_object
+from deployments.strict_json import MAX_DEPTH, Tree, check_object, decode_json
 from engine.sampling import SamplingParams
 
 LIMITS = RequestLimits(vocab_size=1000, sampling=SamplingParams(temperature=0.6, top_p=0.9))
 ID = "conv_" + "a" * 32
 HEAD = "b" * 64
 MAX_SIZE = 1 << 16
+
+
+def parse_object(body: bytes, max_size: int) -> Tree:
+    return check_object(decode_json(body, max_size), max_size)
 
 
 def parse(**fields: Any) -> ChatRequest:
