@@ -46,7 +46,7 @@ _HINTS = (
     ("BUSY", "it is busy with a long script: retry"),
     ("NOREPLICAS", "it has too few replicas to accept writes"),
     ("permission", "its user needs FCALL, FUNCTION and the keys sinkserve:*"),
-    ("uthentication", "put the right user and password into the URL"),
+    ("password", "put the right user and password into the URL"),
 )
 _SERVER_TROUBLE = (
     "OOM",
