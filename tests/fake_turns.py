@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +45,8 @@ CAPACITY = 256
 @dataclass(slots=True)
 class Script:
     """What a turn does. `refuse` comes before acceptance; `fail` instead of token `fail_at`, and an
-    exception there is raised. Gates are awaited: `accept_gate` first, `gate` before token `gate_at`;
-    `at_gate` tells that one was reached."""
+    exception there is raised; token `lose` is never sent. Gates are awaited: `accept_gate` first,
+    `gate` before token `gate_at`; `at_gate` tells that one was reached."""
 
     reply: str = "Good day."
     finish_reason: FinishReason = "stop"
@@ -54,6 +55,7 @@ class Script:
     fail_at: int = 2
     vanish_at: int | None = None
     vanish_committed: bool = False
+    lose: int | None = None
     accept_gate: asyncio.Event | None = None
     gate: asyncio.Event | None = None
     gate_at: int = 2
@@ -69,9 +71,18 @@ class FakeEngine:
     scripts: deque[Script] = field(default_factory=deque)
     calls: list[TurnCall] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    ended: int = 0
     up: bool = True
 
     async def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
+        try:
+            async with aclosing(self._turn(call)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self.ended += 1
+
+    async def _turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
         self.calls.append(call)
         script = self.scripts.popleft() if self.scripts else Script()
         if script.accept_gate is not None:
@@ -110,7 +121,8 @@ class FakeEngine:
                         raise script.fail
                     yield TurnRefused(script.fail)
                     return
-                yield TurnTokens(k, (token_id,), self._logprobs(call, token_id))
+                if k != script.lose:
+                    yield TurnTokens(k, (token_id,), self._logprobs(call, token_id))
             reply = self.codec.close_reply(sampled, call.stop)
             log_ids = np.concatenate([reply.output_ids, reply.closing_ids])
             after = await self.store.commit(

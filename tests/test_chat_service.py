@@ -138,6 +138,16 @@ async def test_few_shot_messages_of_a_created_conversation(front: Front) -> None
     assert last_input(front) == encoded(front, *opening, user("3+3"))
 
 
+@pytest.mark.parametrize("size", [2000, 600_000])
+async def test_what_the_first_turn_could_not_hold_is_refused_at_creation(
+    front: Front, size: int
+) -> None:
+    opening = [user("x" * size), assistant("ok")]
+    with pytest.raises(ServiceError, match="input_too_long"):
+        await front.service.create_conversation({"messages": opening})
+    assert await all_ids(front) == []
+
+
 async def test_a_record_that_moved_is_read_and_encoded_again(front: Front) -> None:
     """Between our read (turn 0) and the claim another request's turn was committed."""
     made = await front.service.create_conversation({})
@@ -416,6 +426,7 @@ async def test_the_call_carries_what_the_replica_needs(front: Front) -> None:
 async def test_a_turn_that_is_refused_leaves_no_empty_conversation(front: Front, code: str) -> None:
     front.engine.scripts.append(Script(refuse=ErrorInfo(code, "no")))
     assert (await refused(front, ask(user("a")))).code == code
+    assert front.engine.ended == 1, "the turn's generator was left open"
     await front.service.close()
     assert await all_ids(front) == []
 
@@ -423,6 +434,7 @@ async def test_a_turn_that_is_refused_leaves_no_empty_conversation(front: Front,
 @pytest.mark.parametrize(
     ("script", "code"),
     [
+        (Script(lose=2), "internal_error"),
         (Script(fail=ErrorInfo("turn_failed", "NaN")), "turn_failed"),
         (Script(fail=ServiceError(ErrorInfo("replica_lost", "gone"))), "replica_lost"),
         (Script(fail=RuntimeError("boom")), "internal_error"),
