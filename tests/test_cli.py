@@ -439,6 +439,12 @@ def test_chat_reads_a_pipe(run: Callable[..., Any], service: FakeService) -> Non
     assert "Hello there" in result.output
 
 
+def test_doctor_names_every_check(run: Callable[..., Any]) -> None:
+    result = run("doctor")
+    assert "python" in result.output
+    assert "embedded store" in result.output
+
+
 def test_build_of_nothing_is_an_error(run: Callable[..., Any], tmp_path: Path) -> None:
     result = run("build", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
@@ -449,7 +455,7 @@ def test_up_refuses_a_taken_port(run: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("up", "--model", "toy", "--port", str(taken.getsockname()[1]))
     assert result.exit_code == 1
-    assert "--port N" in result.output
+    assert "use --port" in result.output
 
 
 def test_detached_up_shows_why_it_failed(tmp_path: Path) -> None:
@@ -464,7 +470,7 @@ def test_detached_up_shows_why_it_failed(tmp_path: Path) -> None:
             check=False,
         )
     assert result.returncode == 1
-    assert "--port N" in result.stdout
+    assert "use --port" in result.stdout
     assert "up.log" in result.stdout
 
 

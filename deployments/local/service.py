@@ -17,13 +17,13 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster import embedded, preflight
 from deployments.config import EMBEDDED, ConfigError, ServiceConfig
 from deployments.local.client import ApiClient, ApiError
 from deployments.local.home import (
@@ -39,6 +39,8 @@ from deployments.local.progress import Step, Steps
 APPLICATION = "sinkserve"
 HEALTHY_WITHIN_S = 180.0
 OBJECT_STORE_BYTES = 80 << 20  # close to Ray's minimum: tokens and text are all that passes
+RAY_BYTES = 700 << 20  # head, proxy, controller and ingress, measured
+REPLICA_BYTES = 400 << 20  # its process and the demo model's weights, measured
 NOTE_PROCESSES_EVERY_S = 5.0
 
 
@@ -86,7 +88,8 @@ class LocalService:
         self._clean_up()
         self._set_environment()
         self._note("starting")
-        _require_free_port(self._config.host, self._config.port)
+        with self._steps.step("Checking this machine") as step:
+            self._check_machine(step)
         with self._steps.step("Preparing the model") as step:
             self._prepare_engine(step)
         with self._steps.step("Starting the conversation store") as step:
@@ -144,6 +147,16 @@ class LocalService:
         for folder in sessions[:-1]:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _check_machine(self, step: Step) -> None:
+        config = self._config
+        checks = preflight.examine(machine_plan(self._home, config, ports=True))
+        problems = [f"{one.name}: {one.detail}. {one.advice}" for one in checks if not one.ok]
+        if problems:
+            raise StartError("\n".join(problems))
+        step.note = "; ".join(
+            f"{one.name}: {one.detail}. {one.advice}" for one in checks if one.verdict == "warn"
+        )
+
     def _prepare_engine(self, step: Step) -> None:
         from deployments.engine_files import locate_engine
 
@@ -157,8 +170,6 @@ class LocalService:
         if self._config.redis_url != EMBEDDED:
             step.note = "external"
             return
-        from cluster import embedded
-
         data = self._config.data_dir or self._home.data
         self._undo.callback(embedded.stop, data)
         try:
@@ -213,7 +224,8 @@ class LocalService:
 
         serve_log = logging.getLogger("ray.serve")
         serve_log.setLevel(logging.ERROR)
-        self._undo.callback(serve.shutdown)
+        # Waits for running turns. Not `serve.shutdown`: it kills its own caller's task, noisily.
+        self._undo.callback(serve.delete, APPLICATION)
         application = build(self._config.model_dump(mode="json", exclude_unset=True))
         try:
             serve.start(http_options={"host": self._config.host, "port": self._config.port})
@@ -244,6 +256,19 @@ class LocalService:
         )
 
 
+def machine_plan(home: Home, config: ServiceConfig, ports: bool) -> preflight.Plan:
+    """What this configuration needs of a machine; `ports` asks for them to be free."""
+    per_replica = REPLICA_BYTES + config.memory_budget_bytes
+    return preflight.Plan(
+        home=home.root,
+        replicas=config.max_replicas,
+        memory_bytes=RAY_BYTES + config.max_replicas * per_replica,
+        ports=((config.host, config.port),) if ports else (),
+        redis_url=None if config.redis_url == EMBEDDED else config.redis_url,
+        weights=Path(config.model) if config.is_engine_directory else None,
+    )
+
+
 def ray_errors() -> type[Exception]:
     """The base of Ray's own exceptions."""
     from ray.exceptions import RayError
@@ -255,19 +280,6 @@ def _reachable(host: str) -> str:
     """The host to connect to for a service that listens on `host`."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{shown}]" if ":" in shown else shown
-
-
-def _require_free_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartError(
-                f"port {port} on {host} cannot be used ({error.strerror}). Choose another: "
-                "sinkserve up --port N"
-            ) from error
 
 
 def relative(path: Path) -> str:

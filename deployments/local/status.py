@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cluster import embedded, preflight
+from deployments.config import load_config
 from deployments.local.client import ApiClient, ApiError
 from deployments.local.home import Home, ServiceState
+from deployments.local.service import machine_plan
 
 _SAMPLE = re.compile(r"(?P<name>[a-z_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)\Z")
 _KIND = re.compile(r'kind="(\w+)"')
@@ -61,7 +64,26 @@ def token_counts(exposition: str) -> dict[str, int]:
 
 def doctor(home: Home, console: Console) -> int:
     """Check this machine. Returns 1 if something would keep the service from working."""
-    raise NotImplementedError
+    config = load_config({})
+    running = home.is_running()
+    plan = machine_plan(home, config, ports=not running)
+    found = preflight.examine(plan)
+    store_url = embedded.running_url(home.data)
+    if store_url is not None:
+        found += preflight.store(store_url)
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for check in found:
+        colour = colours[check.verdict]
+        console.print(
+            f"[{colour}]{check.verdict:>4}[/{colour}]  {check.name}: {escape(check.detail)}",
+            soft_wrap=True,
+        )
+        if check.advice:
+            console.print(f"      {escape(check.advice)}", style="dim", soft_wrap=True)
+    if running:
+        console.print()
+        return max(show(home, console, "", ""), *(int(not check.ok) for check in found))
+    return int(not all(check.ok for check in found))
 
 
 def _print_local(home: Home, console: Console, state: ServiceState) -> None:
