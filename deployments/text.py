@@ -147,8 +147,7 @@ class ChatCodec:
             length += len(stream.push(token_id))
             if length > len(text):
                 break
-            if stream.is_between_characters:
-                cuts.append((number, length))
+            cuts.append((number, length))
         best: list[int] | None = None
         for kept, shown in reversed(cuts):
             rest = Run(text[shown:], plain=True)

@@ -79,11 +79,6 @@ class TextStream:
         self._held = ""
         return text
 
-    @property
-    def is_between_characters(self) -> bool:
-        """Whether the tokens so far end where a character ends."""
-        return not self._decoder.getstate()[0]
-
     def _advance(self, text: str) -> str:
         if self._drop_space and text:
             self._drop_space = False

@@ -110,6 +110,14 @@ def test_qwen_composes_characters_and_others_do_not() -> None:
         assert (shown == "é") is composes
 
 
+def test_llama3_takes_whole_words_that_no_merge_reaches() -> None:
+    for pre, whole in (("llama-bpe", True), ("gpt-2", False)):
+        fields = byte_level_fields(pre)
+        fields["tokenizer.ggml.tokens"].append("zqzq")
+        fields["tokenizer.ggml.token_type"].append(1)
+        assert (tokenizer_from_gguf(fields).encode("zqzq").tokens == ["zqzq"]) is whole
+
+
 def test_control_tokens_are_special_and_user_defined_ones_are_not() -> None:
     source = text_from_gguf(byte_level_fields("smollm"))
     tokenizer = source.tokenizer
