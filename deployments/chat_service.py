@@ -90,7 +90,7 @@ class ChatService:
         if not request.stream:
             refuse("invalid_value", "Use chat for a whole reply.", "stream")
         turn = await self.open_turn(request, tenant)
-        async with contextlib.aclosing(turn.chunks(request.include_usage)) as chunks:
+        async with contextlib.aclosing(turn.chunks(request.usage)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -36,6 +36,7 @@ from deployments.chat_service import ChatService
 from deployments.errors import ErrorInfo, ServiceError
 from deployments.metrics import CONTENT_TYPE
 from deployments.open_turn import OpenTurn
+from deployments.openai_reply import StreamUsage
 from deployments.openai_schema import apply_headers
 from deployments.strict_json import decode_json, refuse, shown
 
@@ -103,9 +104,7 @@ class _Api:
             turn = await while_connected(gone, open_turn())
             headers = {"X-Conversation-Id": turn.head.conversation_id}
             if chat.stream:
-                return EventStream(
-                    turn, chat.include_usage, gone, service.config.stall_timeout_s, headers
-                )
+                return EventStream(turn, chat.usage, gone, service.config.stall_timeout_s, headers)
             reply = await while_connected(gone, turn.completion())
             gone.cancel()
             return json_response(reply, headers=headers | _etag(reply["conversation"]["etag"]))
@@ -221,7 +220,7 @@ class EventStream(Response):
     def __init__(
         self,
         turn: OpenTurn,
-        include_usage: bool,
+        usage: StreamUsage,
         gone: asyncio.Task[None],
         stall_timeout_s: float,
         headers: Mapping[str, str],
@@ -231,7 +230,7 @@ class EventStream(Response):
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"
         self._turn = turn
-        self._include_usage = include_usage
+        self._usage = usage
         self._gone = gone
         self._stall_timeout_s = stall_timeout_s
 
@@ -245,7 +244,7 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await self._send(send, start)
-        chunks = self._turn.chunks(self._include_usage)
+        chunks = self._turn.chunks(self._usage)
         try:
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:

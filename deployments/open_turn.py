@@ -125,17 +125,17 @@ class OpenTurn:
         self._closed = False
         metrics.turn_started()
 
-    async def chunks(self, include_usage: bool = False) -> AsyncGenerator[Json, None]:
+    async def chunks(self, usage: reply.StreamUsage = "none") -> AsyncGenerator[Json, None]:
         """`chat.completion.chunk` objects. The last one before the usage has the finish_reason."""
         try:
-            yield self._chunk(reply.first_chunk(self.head), include_usage)
+            yield self._chunk(reply.first_chunk(self.head), usage)
             async for text in self._texts():
                 piece = reply.chunk(self.head, {"content": text}, self._logprobs_of(text))
-                yield self._chunk(piece, include_usage)
+                yield self._chunk(piece, usage)
             done = self._committed()
             last = reply.last_chunk(self.head, done, self._last_logprobs(done))
-            yield self._chunk(last, include_usage)
-            if include_usage:
+            yield self._chunk(last, usage)
+            if usage != "none":
                 yield reply.usage_chunk(self.head, done)
         finally:
             await self.close()
@@ -216,6 +216,8 @@ class OpenTurn:
         self._shown_logprobs = max(self._shown_logprobs, end)
         return reply.logprobs_block(fresh, self._decoding.token_bytes) if fresh else None
 
-    @staticmethod
-    def _chunk(piece: Json, include_usage: bool) -> Json:
-        return {**piece, "usage": None} if include_usage else piece
+    def _chunk(self, piece: Json, usage: reply.StreamUsage) -> Json:
+        if usage == "none":
+            return piece
+        counts = reply.running_usage(self.head.prompt_tokens, len(self._token_ids))
+        return {**piece, "usage": counts if usage == "each" else None}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cluster.conversation import Conversation, Message
 from deployments.turn_call import TurnDone, TurnUsage
 from engine.sampling import TokenLogprob
 
 Json = dict[str, Any]
+StreamUsage = Literal["none", "last", "each"]
+"""Usage in a stream: not at all, in a chunk of its own at the end, or also counted in each chunk."""
+
 Logprob = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 
 
@@ -24,6 +27,7 @@ class ReplyHead:
     fingerprint: str
     conversation_id: str
     turn: int
+    prompt_tokens: int
 
     def fields(self, kind: str) -> Json:
         return {
@@ -91,9 +95,7 @@ def usage(counts: TurnUsage) -> Json:
     computed."""
     prompt_tokens = counts.context_tokens + counts.input_tokens
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": counts.output_tokens,
-        "total_tokens": prompt_tokens + counts.output_tokens,
+        **running_usage(prompt_tokens, counts.output_tokens),
         "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
         "sinkserve": {
             "evicted_tokens": counts.evicted_tokens,
@@ -101,6 +103,15 @@ def usage(counts: TurnUsage) -> Json:
             "context_tokens": counts.context_tokens,
             "recovery": counts.recovery,
         },
+    }
+
+
+def running_usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    """The counts of OpenAI's `usage` alone."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }
 
 

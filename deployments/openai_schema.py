@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.conversation import CONVERSATION_ID, Message
+from deployments.openai_reply import StreamUsage
 from deployments.strict_json import (
     Fields,
     Tree,
@@ -78,6 +79,7 @@ _NOT_OF_TEXT = (
 )
 _MESSAGE_FIELDS = frozenset({"role", "content", "name", *_NOT_OF_TEXT})
 _PART_FIELDS = frozenset({"type", "text"})
+_STREAM_FIELDS = frozenset({"include_usage", "include_obfuscation", "continuous_usage_stats"})
 CHAT_FIELDS = _READ | frozenset(_ONLY) | frozenset(_LABELS)
 
 
@@ -105,7 +107,7 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     stream: bool = False
-    include_usage: bool = False
+    usage: StreamUsage = "none"
     metadata: dict[str, str] = field(default_factory=dict)
     conversation_id: str | None = None
     expect_turn: int | None = None
@@ -149,7 +151,7 @@ def parse_chat(body: Tree, limits: RequestLimits) -> ChatRequest:
         stop=_stops(fields.value("stop")),
         ignore_eos=fields.boolean("ignore_eos"),
         stream=stream,
-        include_usage=_include_usage(fields, stream),
+        usage=_stream_usage(fields, stream),
         metadata=_metadata(fields),
         conversation_id=conversation_id,
         expect_turn=expect_turn,
@@ -337,17 +339,21 @@ def _stops(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stops))
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _stream_usage(fields: Fields, stream: bool) -> StreamUsage:
     if fields.value("stream_options") is None:
-        return False
+        return "none"
     options = fields.members("stream_options")
     if not stream:
         refuse("invalid_value", "stream_options needs stream to be true.", "stream_options")
-    inner = Fields(options, "stream_options", frozenset({"include_usage", "include_obfuscation"}))
+    inner = Fields(options, "stream_options", _STREAM_FIELDS)
     if inner.boolean("include_obfuscation"):
         where = inner.at("include_obfuscation")
         refuse("unsupported_value", "Obfuscation is not supported.", where)
-    return inner.boolean("include_usage")
+    last, each = inner.boolean("include_usage"), inner.boolean("continuous_usage_stats")
+    if each and not last:
+        where = inner.at("continuous_usage_stats")
+        refuse("invalid_value", "continuous_usage_stats needs include_usage to be true.", where)
+    return "each" if each else "last" if last else "none"
 
 
 def _metadata(fields: Fields) -> dict[str, str]:

@@ -272,6 +272,7 @@ class TurnOpener:
             fingerprint=self._config.fingerprint,
             conversation_id=record.conversation_id,
             turn=accepted.turn,
+            prompt_tokens=record.token_count + len(input_ids),
         )
         decoding = Decoding(self._codec.text_stream(request.stop), self._codec.token_bytes)
         return OpenTurn(items, head, decoding, self._metrics, self._on_close(record, is_new))

@@ -406,6 +406,17 @@ async def test_usage(front: Front) -> None:
     assert usage["sinkserve"]["recovery"] == "none"
 
 
+async def test_usage_in_every_chunk(front: Front) -> None:
+    first = await front.service.chat(ask(user("a")))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = ask(user("b"), conversation=first["conversation"]["id"], stream_options=options)
+    usages = [chunk["usage"] for chunk in await streamed(front, body)]
+    counted = [usage["completion_tokens"] for usage in usages]
+    assert counted == [0, *range(1, 10), 9, 9]
+    assert {usage["prompt_tokens"] for usage in usages} == {usages[-1]["prompt_tokens"]}
+    assert all(u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages)
+
+
 async def test_the_call_carries_what_the_replica_needs(front: Front) -> None:
     made = await front.service.chat(ask(user("a")))
     named = made["conversation"]["id"]

@@ -164,9 +164,13 @@ def test_messages_become_plain() -> None:
 
 def test_streams() -> None:
     request = parse(stream=True, stream_options={"include_usage": True})
-    assert (request.stream, request.include_usage) == (True, True)
-    assert not parse(stream=True).include_usage
-    assert not parse(stream=True, stream_options={"include_obfuscation": False}).include_usage
+    assert (request.stream, request.usage) == (True, "last")
+    assert parse(stream=True).usage == "none"
+    assert parse(stream=True, stream_options={"include_obfuscation": False}).usage == "none"
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    assert parse(stream=True, stream_options=both).usage == "each"
+    alone = {"continuous_usage_stats": True}
+    assert refusal(stream=True, stream_options=alone) == "invalid_value"
     assert refusal(stream=True, stream_options={"include_obfuscation": True}) == "unsupported_value"
     assert refusal(stream=True, stream_options={"usage": True}) == "unknown_field"
     assert refusal(stream=False, stream_options={}) == "invalid_value"
