@@ -156,9 +156,8 @@ class MemoryStore:
             record.updated_s = self._clock()
             self._append(record, commit.messages)
             self._end(record, commit.fence, "commit")
-        if record.history == commit.history:
-            match = HistoryMatch(commit.conversation_id, record.turn)
-            self._histories[commit.tenant, commit.history] = match, record
+        match = HistoryMatch(commit.conversation_id, record.turn)
+        self._histories[commit.tenant, record.history] = match, record
         return self._view(record)
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:

@@ -162,8 +162,7 @@ class RedisStore:
             commit.conversation_id,
         )
         conversation = _conversation(commit.conversation_id, answer[0])
-        if conversation.history == commit.history:
-            await self._index(conversation)
+        await self._index(conversation)
         return conversation
 
     async def _index(self, conversation: Conversation) -> None:

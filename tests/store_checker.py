@@ -221,8 +221,7 @@ class Checker:
             life.messages += commit.messages
             life.owner = claim.turn.replica
             life.running, life.ended = None, (commit.fence, "commit")
-        if life.history() == commit.history:
-            self._index[commit.tenant, commit.history] = life, len(life.turns)
+        self._index[commit.tenant, life.history()] = life, len(life.turns)
         self._check_view(life, record)
 
     async def _abort(self) -> None:

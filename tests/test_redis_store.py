@@ -200,8 +200,9 @@ async def test_a_silent_server_costs_a_bounded_wait(own_server: ValkeyServer) ->
     store = await RedisStore.connect(own_server.url, options=QUICK)
     record = await store.create(new_conversation())
     own_server.process.send_signal(signal.SIGSTOP)
-    with pytest.raises(StoreUnavailable, match="Timeout"):
-        await store.get(ANN, record.conversation_id)
+    async with asyncio.timeout(5.0):  # two tries of 0.2 s; far below the client's own default
+        with pytest.raises(StoreUnavailable, match="Timeout"):
+            await store.get(ANN, record.conversation_id)
     own_server.process.send_signal(signal.SIGCONT)
     assert await store.get(ANN, record.conversation_id) == record
     await store.close()
@@ -285,6 +286,29 @@ async def test_every_key_expires_and_a_conversation_shares_a_hash_tag(
     for key in keys:
         remaining_s = admin.pttl(key) / 1000
         assert limits.ttl_s / 2 < remaining_s <= limits.ttl_s * 2
+
+
+async def test_a_deleted_conversation_leaves_only_its_history_entries_to_expire(
+    store: RedisStore, admin: redis.Redis
+) -> None:
+    record = await store.create(new_conversation())
+    await run_turn(store, record)
+    await store.delete(ANN, record.conversation_id)
+    assert [key for key in admin.scan_iter() if b"sinkserve:history:" not in key] == []
+
+
+async def test_the_record_has_the_last_word_over_the_index(
+    store: RedisStore, admin: redis.Redis
+) -> None:
+    """The index may be ahead of a record that was rolled back, and the turn may be another now."""
+    record = await store.create(new_conversation())
+    done = await run_turn(store, record)
+    key = f"sinkserve:{{{record.conversation_id}}}:rec"
+    assert await store.match_history(ANN, done.history) is not None
+    admin.hset(key, "history", "ab" * 32)
+    assert await store.match_history(ANN, done.history) is None
+    admin.hset(key, mapping={"turn": 0, "history": done.history})
+    assert await store.match_history(ANN, done.history) is None
 
 
 async def test_a_list_forgets_conversations_that_expired(
