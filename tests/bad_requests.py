@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,8 +34,8 @@ class Context:
     long_system: str
 
     def fill(self, text: str) -> str:
-        for name in ("model", "conversation", "foreign", "long_text", "huge_text", "long_system"):
-            text = text.replace(f"@{name.upper()}@", getattr(self, name))
+        for name, value in dataclasses.asdict(self).items():
+            text = text.replace(f"@{name.upper()}@", value)
         return text
 
 
