@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from engine.protocol import Row, StepPlan
 from engine_build.spec import EngineSpec
 
@@ -40,13 +38,4 @@ def _problem(row: Row, spec: EngineSpec, max_resident: int) -> str | None:
         return f"window.slot_tokens: {window.slot_tokens} > {spec.slot_tokens}"
     if row.logits not in ("none", "last", "all"):
         return f"logits: {row.logits!r} is not none, last or all"
-    return _sample_problem(row)
-
-
-def _sample_problem(row: Row) -> str | None:
-    if row.sample is None:
-        return None
-    history = row.sample.history
-    if not isinstance(history, np.ndarray) or history.dtype.kind not in "iu":
-        return "sample.history: not a vector of integers"
     return None

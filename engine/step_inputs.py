@@ -37,7 +37,8 @@ def visible_past(rows: Sequence[Row], num_places: int) -> Bools:
     places = np.arange(num_places, dtype=np.int64)[None, :]
     age = (newest - places) % ring
     in_window = (places >= sinks) & (places < sinks + ring) & (age < np.minimum(window, present))
-    return in_window | (places < np.minimum(sinks, newest + 1))
+    visible: Bools = in_window | (places < np.minimum(sinks, newest + 1))
+    return visible
 
 
 def visible_chunk(row: Row, num_places: int) -> Bools:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_build.onnx_writer import MICROSOFT, Dimension, GraphWriter
-from engine_build.quantize import BLOCK, num_blocks, quantise
+from engine_build.quantize import BLOCK, LONG_BLOCK, num_blocks, quantise
 from engine_build.spec import ModelShape, WeightFormat
 from engine_build.weights import MergedWeight, merged_weights
 
@@ -77,7 +77,7 @@ class CpuLowering:
         """See `Lowering.store`."""
         if not (self._int8 and weight.is_matrix):
             return {weight.name: values}
-        levels, scales = quantise(values)
+        levels, scales = quantise(values, self._block(weight.name))
         return {
             weight.name + ".levels": levels,
             weight.name + ".scales": scales.reshape(-1),
@@ -89,16 +89,18 @@ class CpuLowering:
             return self._graph.node("Gather", [self._float32(name), token_ids])
         rows, columns = self._sizes[name]
         levels, scales = self._quantised(name)
-        padded = num_blocks(columns) * BLOCK
+        size = self._block(name)
+        blocks = num_blocks(columns, size)
+        padded = blocks * size
         table = self._graph.alias(name + ".table", levels, (rows, padded))
-        table_scales = self._graph.alias(name + ".table_scales", scales, (rows, padded // BLOCK))
+        table_scales = self._graph.alias(name + ".table_scales", scales, (rows, blocks))
         gathered = self._graph.node(
             "GatherBlockQuantized",
             [table, token_ids, table_scales],
             MICROSOFT,
             gather_axis=0,
             quantize_axis=1,
-            block_size=BLOCK,
+            block_size=size,
             bits=8,
         )
         if padded == columns:
@@ -118,7 +120,7 @@ class CpuLowering:
                 K=columns,
                 N=rows,
                 bits=8,
-                block_size=BLOCK,
+                block_size=self._block(name),
                 accuracy_level=4,
             )
         product = self._graph.node("FusedMatMul", [x, self._float32(name)], MICROSOFT, transB=1)
@@ -176,7 +178,8 @@ class CpuLowering:
         return self._graph.input(key, np.float32, dims), self._graph.input(value, np.float32, dims)
 
     def _rotate(self, heads: str, cos: str, sin: str, output: str | None = None) -> str:
-        rope, attributes = self._shape.rope, {}
+        rope = self._shape.rope
+        attributes: dict[str, Any] = {}
         if rope.rotary_dim != self._shape.head_dim:
             attributes["rotary_embedding_dim"] = rope.rotary_dim
         names = None if output is None else [output]
@@ -191,8 +194,13 @@ class CpuLowering:
     def _float32(self, name: str) -> str:
         return self._graph.weight(name, np.float32, self._sizes[name])
 
+    def _block(self, name: str) -> int:
+        long = name.endswith(".down") and self._sizes[name][1] % LONG_BLOCK == 0
+        return LONG_BLOCK if long else BLOCK
+
     def _quantised(self, name: str) -> tuple[str, str]:
         rows, columns = self._sizes[name]
-        blocks = num_blocks(columns)
-        levels = self._graph.weight(name + ".levels", np.uint8, (rows, blocks, BLOCK))
+        size = self._block(name)
+        blocks = num_blocks(columns, size)
+        levels = self._graph.weight(name + ".levels", np.uint8, (rows, blocks, size))
         return levels, self._graph.weight(name + ".scales", np.float32, (rows * blocks,))
