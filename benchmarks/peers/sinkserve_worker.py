@@ -14,6 +14,7 @@ from engine.onnx_engine import OnnxEngine
 from engine.protocol import Row, SampleRequest, StepPlan, TokenIds
 from engine.sampling import SamplingParams
 from engine.window import SinkWindow
+from engine_build.manifest import load_engine_spec
 
 GREEDY = SamplingParams(temperature=0.0)
 NOTHING: TokenIds = np.zeros(0, np.int32)
@@ -25,12 +26,13 @@ class Subject:
     def __init__(
         self, engine_dir: str, threads: int, sequences: int, capacity: int, keep: int
     ) -> None:
+        spec = load_engine_spec(Path(engine_dir), capacity=capacity)
         self.engine = OnnxEngine(
             Path(engine_dir),
+            memory_budget_bytes=sequences * spec.slot_bytes,
             capacity=capacity,
             threads=threads,
             spinning=True,
-            max_resident=sequences,
         )
         slot_tokens = self.engine.spec.slot_tokens
         self.window = SinkWindow(keep, capacity - keep, slot_tokens - keep)

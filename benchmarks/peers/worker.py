@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 
 class Worker:
@@ -24,17 +25,21 @@ class Worker:
         process = self._process
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the worker has no pipes")
-        process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-        process.stdin.flush()
+        died = RuntimeError(f"the worker died during {op}, see {self._log}")
+        try:
+            process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise died from None
         line = process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker died during {op}, see {self._log}")
+            raise died
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{op}: {answer['error']}")
         return answer
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -43,8 +48,9 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._process.stdin:
-            self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            if self._process.stdin:
+                self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
