@@ -37,14 +37,33 @@ is_prepared() {
         [ "$(cat "$VENV/.installed-$1" 2>/dev/null)" = "$(stamp_of "$1")" ]
 }
 
+# Runs a command with its output in a log; on a terminal the log's last line is shown meanwhile.
+run_logged() {
+    local log="$1"
+    shift
+    if [ ! -t 2 ]; then
+        "$@" >>"$log" 2>&1
+        return
+    fi
+    "$@" >>"$log" 2>&1 &
+    local pid=$!
+    trap 'kill "$pid" 2>/dev/null; printf "\n" >&2; exit 130' INT TERM
+    while kill -0 "$pid" 2>/dev/null; do
+        printf '\r\033[K  \033[2m%.100s\033[0m' "$(tail -n 1 "$log" | tr -d '\r')" >&2
+        sleep 0.5
+    done
+    printf '\r\033[K' >&2
+    trap - INT TERM
+    wait "$pid"
+}
+
 install_pins() {
-    local log="$VENV/install.log" quiet="--quiet"
-    [ -t 2 ] && quiet=""
+    local log="$VENV/install.log" pip=("$VENV/bin/python" -m pip install --disable-pip-version-check)
+    pip+=(--progress-bar off)
     say "installing the pinned dependencies ($1); the first time takes a few minutes"
-    if ! "$VENV/bin/python" -m pip install --disable-pip-version-check $quiet \
-        --require-hashes -r "$ROOT/requirements/$1.txt" >"$log" 2>&1 ||
-        ! "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet \
-            --no-deps --editable "$ROOT" >>"$log" 2>&1
+    : >"$log"
+    if ! run_logged "$log" "${pip[@]}" --require-hashes -r "$ROOT/requirements/$1.txt" ||
+        ! run_logged "$log" "${pip[@]}" --no-deps --editable "$ROOT"
     then
         tail -n 15 "$log" >&2
         fail "the installation failed (whole log: $log).

@@ -107,6 +107,7 @@ def stop_running(home: Home, console: Console) -> int:
 
 
 def _serve(service: LocalService, console: Console, behind: bool) -> int:
+    code = 0
     try:
         service.start()
         console.print(_welcome(service, behind), soft_wrap=True)
@@ -115,12 +116,11 @@ def _serve(service: LocalService, console: Console, behind: bool) -> int:
         pass
     except StartError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        service.stop()
-        return 1
+        code = 1
     finally:
-        service.stop()
-    console.print("stopped; the conversations are kept", style="dim")
-    return 0
+        with Steps(console).step("Stopping; conversations are kept"):
+            service.stop()
+    return code
 
 
 def _welcome(service: LocalService, behind: bool) -> str:
