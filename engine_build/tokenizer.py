@@ -39,7 +39,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 IGNORE_MERGES = frozenset({"llama-bpe", "llama3", "llama-v3"})
 NFC = frozenset({"qwen2"})
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPACE = "\u2581"
 
 

@@ -6,3 +6,4 @@ _.redirect_slashes  # read by Starlette's router
 _.collect  # called by prometheus_client's registry
 _.should_exit  # read by uvicorn's server
 _.long_text, _.huge_text, _.long_system  # filled into requests by name
+_.normalizer, _.encode_special_tokens  # read by tokenizers' own code
