@@ -73,14 +73,6 @@ class Home:
         return cls(Path(os.environ.get("SINKSERVE_HOME") or "~/.sinkserve").expanduser().absolute())
 
     @property
-    def models(self) -> Path:
-        return self.root / "models"
-
-    @property
-    def engines(self) -> Path:
-        return self.root / "engines"
-
-    @property
     def data(self) -> Path:
         return self.root / "data"
 
