@@ -121,7 +121,6 @@ local function create(keys, args)
     end
     return { 'EXISTS' }
   end
-  redis.call('DEL', keys[2])
   redis.call(
     'HSET', keys[1],
     'tenant', args[1], 'fingerprint', args[2], 'sink_tokens', args[3], 'window_tokens', args[4],

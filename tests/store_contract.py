@@ -449,10 +449,11 @@ class StoreContract:
             await run_turn(env.store, record)
         first, messages = await env.store.transcript(ANN, record.conversation_id)
         assert (first, len(messages), messages[0].content) == (6, 10, "q3")
-        long = (Message("user", "é" * 400), Message("assistant", "x" * 900))
+        long = (Message("user", "é" * 480), Message("assistant", "x" * 950))
         await run_turn(env.store, record, messages=long)
         first, messages = await env.store.transcript(ANN, record.conversation_id)
         assert messages[-2:] == list(long)
+        assert 2 < len(messages) < 10
         assert sum(len(message.encode()) for message in messages) <= 2000
         assert first + len(messages) == 18
         assert await env.store.transcript(ANN, record.conversation_id, before=3) == (first, [])

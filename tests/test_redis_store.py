@@ -366,6 +366,19 @@ async def test_a_clock_that_goes_back_does_not_lock_a_conversation(
     await env.close()
 
 
+async def test_a_clock_that_goes_back_does_not_reorder_the_list(
+    valkey_server: ValkeyServer, redis_url: str
+) -> None:
+    env = await RedisEnv.make(valkey_server, StoreLimits())
+    records = []
+    for _ in range(4):
+        records.append(await env.store.create(new_conversation()))
+        await env.advance(-60.0)
+    assert list(await env.store.list(ANN)) == records[::-1]
+    assert list(await env.store.list(ANN, 2, records[2].conversation_id)) == records[1::-1]
+    await env.close()
+
+
 async def test_the_library_can_be_given(redis_url: str) -> None:
     functions = await FunctionClient.connect(redis_url, QUICK, library_text())
     assert (await functions.call("version", [], []))[1] == LIBRARY_VERSION
