@@ -112,6 +112,11 @@ class OnnxEngine:
     def max_resident(self) -> int:
         return self._max_resident
 
+    @property
+    def num_prepared_runs(self) -> int:
+        """Shapes of runs that are bound and kept, at most 64."""
+        return len(self._runs)
+
     def step(self, plan: StepPlan) -> StepResult:
         """See `Engine.step`. Raises ValueError naming the field of a plan that it cannot run."""
         if self._session is None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from engine.protocol import Row, StepPlan
 from engine_build.spec import EngineSpec
 
+MAX_TOKEN_INDEX = 2**40
+"""Far beyond any conversation, and float64 angles are still good to 1e-4 there."""
+
 
 def check_plan(plan: StepPlan, spec: EngineSpec, max_resident: int) -> None:
     """Raises ValueError naming the field of the first row that the engine cannot run."""
@@ -22,8 +25,8 @@ def _problem(row: Row, spec: EngineSpec, max_resident: int) -> str | None:
     tokens, window = row.tokens, row.window
     if not 0 <= row.kv_slot < max_resident:
         return f"kv_slot: {row.kv_slot} is not in 0..{max_resident - 1}"
-    if row.start < 0:
-        return f"start: {row.start} is negative"
+    if not 0 <= row.start < MAX_TOKEN_INDEX:
+        return f"start: {row.start} is not in 0..2**40 - 1"
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         return f"tokens: {tokens.dtype} {tokens.shape} is not a vector of integers"
     if not 1 <= len(tokens) <= spec.max_chunk:
@@ -34,6 +37,8 @@ def _problem(row: Row, spec: EngineSpec, max_resident: int) -> str | None:
         return f"window_start: {row.window_start} is past a token of this row"
     if window.sink_tokens > spec.max_sink_tokens:
         return f"window.sink_tokens: {window.sink_tokens} > {spec.max_sink_tokens}"
+    if window.ring_tokens < 1:
+        return "window.ring_tokens: a conversation needs a ring"
     if window.slot_tokens > spec.slot_tokens:
         return f"window.slot_tokens: {window.slot_tokens} > {spec.slot_tokens}"
     if row.logits not in ("none", "last", "all"):

@@ -20,6 +20,10 @@ settings.register_profile("sinkserve", deadline=None, suppress_health_check=[Hea
 settings.load_profile("sinkserve")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", action="append", help="only these engines of engine_contract.py")
+
+
 @pytest.fixture(scope="session")
 def cache_folder() -> Path:
     """A folder kept between runs: $SINKSERVE_TEST_CACHE, else .cache in the repository."""
