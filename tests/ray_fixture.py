@@ -30,6 +30,7 @@ TOY = {
     "memory_budget_bytes": 16 * (64 + 16) * 24,
     "owner_wait_s": 20.0,
     "drain_s": 5.0,
+    "lease_s": 3.0,
     "limits": {"default_max_tokens": 24},
 }
 READY_WITHIN_S = 120.0
