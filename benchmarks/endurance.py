@@ -5,7 +5,7 @@
 
 Start the service first: scripts/up --detach. Each turn is a streamed `POST /v1/chat/completions` that
 carries only the new message. Recorded per turn: time to first token, milliseconds per token after it,
-tokens prefilled, tokens that have left the window, and the replicas' resident memory.
+tokens prefilled, tokens that have left the window, and the replicas' processor time and resident memory.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Turn:
     prefill_tokens: int
     evicted_tokens: int
     recovery: str
+    cpu_ms_per_token: float
     rss_mib: tuple[float, ...]
 
 
@@ -85,7 +86,7 @@ def run_turn(client: ApiClient, body: dict[str, Any]) -> Reply:
     return reply
 
 
-def turn_of(reply: Reply, rss_mib: tuple[float, ...]) -> Turn:
+def turn_of(reply: Reply, cpu_s: float, processes: Sequence[psutil.Process]) -> Turn:
     counts, times = reply.sink_usage, reply.text_times_s
     num_output = int(reply.usage["completion_tokens"])
     written_s = times[-1] - times[0] if times else 0.0
@@ -98,7 +99,8 @@ def turn_of(reply: Reply, rss_mib: tuple[float, ...]) -> Turn:
         prefill_tokens=int(counts["prefill_tokens"]),
         evicted_tokens=int(counts["evicted_tokens"]),
         recovery=str(counts["recovery"]),
-        rss_mib=rss_mib,
+        cpu_ms_per_token=1000 * cpu_s / (num_output + int(counts["prefill_tokens"])),
+        rss_mib=tuple(process.memory_info().rss / 2**20 for process in processes),
     )
 
 
@@ -126,8 +128,10 @@ def summarise(turns: Sequence[Turn]) -> dict[str, Any]:
             "ttft_per_prefilled_token": growth(turns, lambda t: t.ttft_ms / t.prefill_tokens),
             "ttft": growth(turns, lambda t: t.ttft_ms),
             "ms_per_token": growth(turns, lambda t: t.ms_per_token),
+            "cpu_ms_per_token": growth(turns, lambda t: t.cpu_ms_per_token),
             "rss": growth(turns, lambda t: sum(t.rss_mib)),
         },
+        "cpu_ms_per_token": report.median([turn.cpu_ms_per_token for turn in turns]),
         "max_prefill_tokens": max(turn.prefill_tokens for turn in turns),
         "not_resident": sum(turn.recovery != "none" for turn in turns),
     }
@@ -183,8 +187,9 @@ def main() -> int:
         return 1
     processes = replica_processes(home) if not options.url else []
 
-    def rss() -> tuple[float, ...]:
-        return tuple(process.memory_info().rss / 2**20 for process in processes)
+    def cpu_s() -> float:
+        times = [process.cpu_times() for process in processes]
+        return sum(one.user + one.system for one in times)
 
     turns, samples = [], []
     every = max(1, options.turns // NUM_SAMPLES)
@@ -196,8 +201,9 @@ def main() -> int:
         texts = messages()
         for number in track(range(options.turns), description="turns", console=console):
             text = next(texts)
+            before_s = cpu_s()
             reply = run_turn(client, {**shared, "messages": [{"role": "user", "content": text}]})
-            turns.append(turn_of(reply, rss()))
+            turns.append(turn_of(reply, cpu_s() - before_s, processes))
             if number % every == every - 1:
                 samples.append({"turn": reply.turn, "user": text, "assistant": reply.text})
     summary = summarise(turns)

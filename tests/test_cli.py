@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from cluster import embedded
 from deployments.cli import app
 from deployments.local.chat import Chat, printable, summary
 from deployments.local.client import ApiClient, ApiError, Reply, Unreachable
@@ -487,3 +488,62 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+# --- the whole, with the toy engine -------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_up_survives_a_kill_and_goes_down_without_a_trace(tmp_path: Path) -> None:
+    """up, talk, SIGKILL, up again, go on with the conversation, down: nothing is left running."""
+    home = Home(tmp_path)
+    port = free_port()
+
+    def sinkserve(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "deployments.cli", *arguments],
+            env={**os.environ, "SINKSERVE_HOME": str(tmp_path)},
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    def start() -> ServiceState:
+        started = sinkserve("up", "--detach", "--model", "toy", "--port", str(port))
+        assert started.returncode == 0, started.stdout
+        assert "SinkServe is up" in started.stdout
+        state = home.read_state()
+        assert state is not None
+        return state
+
+    try:
+        first = start()
+        said = sinkserve("chat", "--system", "Short.", text="one\ntwo\n")
+        assert said.returncode == 0, said.stdout
+        assert "turn 2" in said.stdout
+        conversation = said.stdout.split("--conversation ")[1].strip()
+        assert "already up" in sinkserve("up").stdout
+
+        killed = first.process.find()
+        assert killed is not None
+        killed.kill()
+        killed.wait(30)
+        assert sinkserve("status").returncode == 1
+        second = start()
+        said = sinkserve("chat", "--conversation", conversation, text="three\n")
+        assert said.returncode == 0, said.stdout
+        assert "turn 3" in said.stdout
+        assert "restored (exact)" in said.stdout
+        assert sinkserve("status").returncode == 0
+
+        assert sinkserve("down").returncode == 0
+        marks = (*first.processes, *second.processes, first.process, second.process)
+        assert [mark for mark in marks if mark.find()] == []
+        assert embedded.running_url(home.data) is None
+        assert home.read_state() is None
+        assert not home.is_running()
+    finally:
+        sinkserve("down")
