@@ -31,9 +31,6 @@ class RunShape:
 class GraphRun:
     """Inputs to fill (`token_ids`, `logit_rows`, angles, `is_sink`, `bias`), then `execute`, then read
     `new` float32 [layers, 2, rows, kv_heads, chunk, head_dim] and `logits` float32 [n, vocab].
-
-    One token per row folds the heads of a KV head into the batch (matrix-vector products need no
-    packing of the cache); a chunk folds them into the queries, `bias` being repeated for each.
     """
 
     def __init__(
@@ -45,8 +42,6 @@ class GraphRun:
     ) -> None:
         rows, chunk, sinks = shape.rows, shape.chunk, shape.num_sink_places
         places = caches.shape[4]
-        folded = model.heads_per_kv_head
-        groups, queries = (folded, 1) if chunk == 1 else (1, folded * chunk)
         half = (rows, chunk, model.rope.rotary_dim // 2)
         self._session = session
         self._binding = session.io_binding()
@@ -60,10 +55,8 @@ class GraphRun:
         self.sink_sin: Floats = self._input(names.SINK_SIN, np.empty(half, np.float32))
         self.is_sink = self._input(names.IS_SINK, np.empty((rows, 1, 1, 1, sinks), np.bool_))
         self.bias: Floats = self._input(
-            names.BIAS, np.empty((rows, 1, 1, queries, places + chunk), np.float32)
+            names.BIAS, np.empty((rows, 1, 1, chunk, places + chunk), np.float32)
         )
-        query_shape = [rows, model.num_kv_heads, groups, queries, model.head_dim]
-        self._input(names.QUERY_SHAPE, np.array(query_shape))
         self._input(names.NUM_SINK_PLACES, np.array([sinks]))
         self._input(names.SCORE_SPLIT, np.array([sinks, places - sinks]))
         self._input(names.PROBABILITY_SPLIT, np.array([places, chunk]))

@@ -202,8 +202,7 @@ class OnnxEngine:
         run.sink_cos[0], run.sink_sin[0] = self._rotary.cos_sin(positions)
         run.is_sink[0, 0, 0, 0] = run.sink_places < row.window.sink_tokens
         visible = visible_chunk(row, self._spec.slot_tokens)
-        bias = np.where(visible, np.float32(0), np.float32(-np.inf))
-        run.bias[0, 0, 0].reshape(-1, *bias.shape)[...] = bias
+        run.bias[0, 0, 0] = np.where(visible, np.float32(0), np.float32(-np.inf))
         self._execute(run, started)
         started = time.perf_counter()
         self._write(run, 0, row, physical)

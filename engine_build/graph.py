@@ -53,8 +53,8 @@ class Lowering(Protocol):
         ...
 
     def attention(self, layer: int, q: str, k: str, v: str) -> str:
-        """Rotate, reach the cache, attend: q [rows, heads, chunk, head_dim], likewise the result;
-        k and v [rows, kv_heads, chunk, head_dim]. Scores need no scale: q carries it."""
+        """Rotate, reach the cache, attend: q [rows, heads, chunk, head_dim], k and v [rows, kv_heads,
+        chunk, head_dim], result [rows, chunk, heads * head_dim]. Scores need no scale: q has it."""
         ...
 
 
@@ -76,9 +76,8 @@ def define_decoder(shape: ModelShape, graph: GraphWriter, lowering: Lowering) ->
             x, normed = lowering.add_norm(x, delta, name + "input_norm")
         q, k, v = _heads(shape, graph, lowering, normed, name)
         attended = lowering.attention(layer, q, k, v)
-        merged = _merge_heads(shape, graph, attended)
         bias = name + "output.bias" if shape.output_bias else None
-        delta = lowering.linear(merged, name + "output", bias)
+        delta = lowering.linear(attended, name + "output", bias)
         x, normed = lowering.add_norm(x, delta, name + "mlp_norm")
         delta = _gated_mlp(graph, lowering, normed, name)
     x = x if delta is None else graph.node("Add", [x, delta])
@@ -104,12 +103,6 @@ def _heads(
     if shape.qk_norm:
         q, k = lowering.norm(q, name + "q_norm"), lowering.norm(k, name + "k_norm")
     return q, k, v
-
-
-def _merge_heads(shape: ModelShape, graph: GraphWriter, attended: str) -> str:
-    turned = graph.node("Transpose", [attended], perm=[0, 2, 1, 3])
-    width = graph.constant([0, 0, shape.num_heads * shape.head_dim])
-    return graph.node("Reshape", [turned, width])
 
 
 def _gated_mlp(graph: GraphWriter, lowering: Lowering, normed: str, name: str) -> str:

@@ -28,8 +28,7 @@ Floats = npt.NDArray[np.float32]
 
 COS, SIN = "cos", "sin"
 SINK_COS, SINK_SIN = "sink_cos", "sink_sin"
-BIAS, IS_SINK = "bias", "is_sink"
-QUERY_SHAPE, NUM_SINK_PLACES = "query_shape", "num_sink_places"
+BIAS, IS_SINK, NUM_SINK_PLACES = "bias", "is_sink", "num_sink_places"
 SCORE_SPLIT, PROBABILITY_SPLIT = "score_split", "probability_split"
 
 
@@ -46,14 +45,13 @@ def new_names(layer: int) -> tuple[str, str]:
 class CpuLowering:
     """Writes linear layers, norms and attention for ONNX Runtime on a CPU.
 
-    Inputs it adds (`groups` and `queries` fold heads_per_kv_head and chunk as the host likes best):
+    Inputs it adds:
 
         cos, sin            float32 [rows, chunk, rotary_dim / 2], angles at token_index
         sink_cos, sink_sin  the same at the cache position
-        query_shape         int64 [5] = rows, kv_heads, groups, queries, head_dim
         num_sink_places     int64 [1], the most sinks of any row, at least 1
         is_sink             bool  [rows, 1, 1, 1, num_sink_places]
-        bias                float32 [rows, 1, 1, queries, places + chunk], 0 or minus infinity
+        bias                float32 [rows, 1, 1, chunk, places + chunk], 0 or minus infinity
         score_split         int64 [2] = num_sink_places, places - num_sink_places
         probability_split   int64 [2] = places, chunk
     """
@@ -66,10 +64,9 @@ class CpuLowering:
         half: list[Dimension] = ["rows", "chunk", shape.rope.rotary_dim // 2]
         for name in (COS, SIN, SINK_COS, SINK_SIN):
             graph.input(name, np.float32, half)
-        graph.input(QUERY_SHAPE, np.int64, [5])
         graph.input(NUM_SINK_PLACES, np.int64, [1])
         graph.input(IS_SINK, np.bool_, ["rows", 1, 1, 1, "sink_places"])
-        graph.input(BIAS, np.float32, ["rows", 1, 1, "queries", "keys"])
+        graph.input(BIAS, np.float32, ["rows", 1, 1, "chunk", "keys"])
         graph.input(SCORE_SPLIT, np.int64, [2])
         graph.input(PROBABILITY_SPLIT, np.int64, [2])
 
@@ -146,16 +143,19 @@ class CpuLowering:
 
     def attention(self, layer: int, q: str, k: str, v: str) -> str:
         """See `Lowering.attention`."""
-        graph, shape = self._graph, self._shape
+        graph, shape, head_dim = self._graph, self._shape, self._shape.head_dim
         past_key, past_value = self._past(layer)
         new_key, new_value = new_names(layer)
         self._rotate(k, COS, SIN, new_key)
         graph.node("Identity", [v], output_names=[new_value])
         for name in (new_key, new_value):
-            graph.output(name, np.float32, ["rows", shape.num_kv_heads, "chunk", shape.head_dim])
-        query = graph.node("Reshape", [self._rotate(q, COS, SIN), QUERY_SHAPE])
-        sink_query = graph.node("Reshape", [self._rotate(q, SINK_COS, SINK_SIN), QUERY_SHAPE])
-        grouped = graph.constant([0, 0, 1, -1, shape.head_dim])
+            graph.output(name, np.float32, ["rows", shape.num_kv_heads, "chunk", head_dim])
+        # Heads that share a KV head stay apart: one query each is a matrix-vector product, which
+        # reads the cache where it lies; folded together, the cache would be packed first.
+        by_head = graph.constant([0, shape.num_kv_heads, shape.heads_per_kv_head, -1, head_dim])
+        query = graph.node("Reshape", [self._rotate(q, COS, SIN), by_head])
+        sink_query = graph.node("Reshape", [self._rotate(q, SINK_COS, SINK_SIN), by_head])
+        grouped = graph.constant([0, 0, 1, -1, head_dim])
         chunk_key = graph.node("Reshape", [new_key, grouped])
         chunk_value = graph.node("Reshape", [v, grouped])
         at_sinks = [graph.constant([0]), NUM_SINK_PLACES, graph.constant([3])]
@@ -168,8 +168,8 @@ class CpuLowering:
         from_past = graph.node("MatMul", [past_weights, past_value])
         from_chunk = graph.node("MatMul", [chunk_weights, chunk_value])
         total = graph.node("Add", [from_past, from_chunk])
-        heads = graph.constant([0, shape.num_heads, -1, shape.head_dim])
-        return graph.node("Reshape", [total, heads])
+        by_token = graph.node("Transpose", [total], perm=[0, 3, 1, 2, 4])
+        return graph.node("Reshape", [by_token, graph.constant([0, 0, shape.num_heads * head_dim])])
 
     def _past(self, layer: int) -> tuple[str, str]:
         shape = self._shape
