@@ -137,12 +137,10 @@ class TurnRunner:
                 while self._claims:
                     await next(iter(self._claims.values())).over.wait()
         await asyncio.to_thread(self._parts.loop.stop, drain=False, timeout_s=30.0)
-        while self._chores or self._claims:
-            await asyncio.gather(
-                *self._chores,
-                *(claim.over.wait() for claim in self._claims.values()),
-                return_exceptions=True,
-            )
+        for claim in [claim for claim in self._claims.values() if not claim.ending]:
+            await self._undo(claim)
+        while self._chores:
+            await asyncio.gather(*self._chores, return_exceptions=True)
 
     # The steps of a turn.
 

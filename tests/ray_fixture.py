@@ -129,11 +129,6 @@ class RayService:
 
         return serve.get_app_handle(APPLICATION)
 
-    def engine_handle(self) -> Any:
-        from ray import serve
-
-        return serve.get_deployment_handle("SinkReplica", APPLICATION)
-
     def replicas(self) -> dict[str, dict[str, float]]:
         """The figures of the replicas that answer, by name."""
         health: dict[str, Any] = httpx.get(f"{self.url}/healthz", timeout=30.0).json()

@@ -16,7 +16,7 @@ from cluster.conversation import BeginTurn, Conversation, Fence, TurnCommit
 from cluster.memory_store import MemoryStore
 from cluster.store import Conflict, Fenced, StoreUnavailable
 from deployments.config import Limits, Tunables
-from deployments.turn_call import TurnAccepted, TurnDone, TurnTokens
+from deployments.turn_call import TurnAccepted, TurnDone, TurnRefused, TurnTokens
 from deployments.turn_runner import TurnRunner
 from engine.protocol import EngineDead, RowResult, StepPlan, StepResult
 from engine.toy_engine import ToyEngine
@@ -585,6 +585,19 @@ def test_closing_without_time_gives_claims_back() -> None:
         await runner.close(drain_s=0.0)
         assert "replica_lost" in str((await running)[-1])
         assert not (await store.get(TENANT, talk.conversation_id)).running
+
+    run(scenario)
+
+
+def test_closing_does_not_wait_for_a_stream_that_nobody_reads() -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk = await Talk(store).create()
+        stream = await read_until_tokens(runner, talk, "x")
+        await runner.close()
+        assert not (await store.get(TENANT, talk.conversation_id)).running
+        assert isinstance([item async for item in stream][-1], TurnRefused)
 
     run(scenario)
 
