@@ -24,7 +24,7 @@ from deployments.ingress import create_app
 from deployments.metrics import ServiceMetrics
 from deployments.openai_schema import RequestLimits
 from deployments.replica import store_limits
-from deployments.turn_call import ReplicaStats, TurnCall, TurnItem
+from deployments.turn_call import ReplicaStats, TurnCall, TurnDone, TurnItem, TurnRefused
 from deployments.turn_opening import FrontConfig
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class RayReplicas:
         ended = False
         try:
             async for item in items:
+                # Whoever has read the last item closes this generator at once.
+                ended = isinstance(item, (TurnDone, TurnRefused))
                 yield item
             ended = True
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:

@@ -75,7 +75,7 @@ install_pins() {
 prepare() {
     VENV="${SINKSERVE_VENV:-$ROOT/.venv}"
     { [ "$1" = default ] && is_prepared dev; } || is_prepared "$1" || (
-        mkdir -p "$VENV.lock.d" && exec 9>"$VENV.lock.d/lock"
+        mkdir -p "$VENV-lock" && exec 9>"$VENV-lock/lock"
         command -v flock >/dev/null 2>&1 && flock 9
         [ -x "$VENV/bin/python" ] || make_venv
         is_prepared "$1" || { install_pins "$1" && stamp_of "$1" >"$VENV/.installed-$1"; }
