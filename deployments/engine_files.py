@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from deployments.config import TOY_MODEL, ConfigError, ServiceConfig
 from deployments.text import ChatCodec
-from engine.protocol import Engine
+from engine.protocol import Engine, Row, StepPlan
 from engine.toy_engine import ToyEngine, ToyText, byte_spec
+from engine.window import SinkWindow
 from engine_build.build import BuildOptions, no_progress
 from engine_build.demo import DemoModelError, ensure_demo_engine, sinkserve_home
 from engine_build.manifest import ManifestError, load_engine_spec, load_manifest
@@ -59,6 +62,18 @@ def locate_engine(
         return EngineFiles(spec, fingerprint, ChatCodec.load(folder), folder)
     except (ManifestError, SpecError, DemoModelError, OSError) as error:
         raise ConfigError([f"model: {error}"]) from error
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a chunk and a decode step, so that no conversation's first turn pays for first-time costs.
+
+    Leaves tokens in kv_slot 0 that no plan ever refers to.
+    """
+    spec = engine.spec
+    window = SinkWindow(1, spec.capacity - 1, spec.slot_tokens - 1)
+    chunk = np.zeros(spec.max_chunk, dtype=np.int32)
+    engine.step(StepPlan((Row(0, 0, chunk, window, logits="last"),)))
+    engine.step(StepPlan((Row(0, spec.max_chunk, chunk[:1], window, logits="last"),)))
 
 
 def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Engine:

@@ -12,7 +12,7 @@ from ray import serve
 from cluster.redis_store import RedisStore
 from cluster.store import StoreLimits
 from deployments.config import ServiceConfig, load_config
-from deployments.engine_files import locate_engine, start_engine
+from deployments.engine_files import locate_engine, start_engine, warm_up
 from deployments.turn_call import ReplicaStats, TurnCall, TurnItem
 from deployments.turn_runner import ReplicaParts, TurnRunner
 from engine.loop import EngineLoop, LoopConfig
@@ -42,6 +42,7 @@ class SinkReplica:
         files = await asyncio.to_thread(locate_engine, self._config)
         threads = self._config.threads_of(_replicas_here(self._config))
         engine = await asyncio.to_thread(start_engine, self._config, files, threads)
+        await asyncio.to_thread(warm_up, engine)
         store = await RedisStore.connect(self._config.redis_url, store_limits(self._config))
         replica = serve.get_replica_context().replica_id.unique_id
         loop = EngineLoop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from deployments.store_errors import store_error_info
 from deployments.turn_call import TurnAccepted, TurnDone, TurnItem, TurnTokens, TurnUsage
 from deployments.turn_claim import ClaimLost, TurnClaim
 from engine.turn import StopCheck, TokenSampled, TurnEnded, TurnError, TurnEvent, TurnStarted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +92,9 @@ class TurnProgress:
                 case TurnEnded():
                     self._ended = event
                 case TurnError():
+                    log.error("turn of %s failed: %s", call.conversation_id, event.message)
                     code = "replica_lost" if event.fatal else "turn_failed"
-                    raise _refused(code, f"The turn failed: {event.message}.")
+                    raise _refused(code, "The engine failed; nothing of the turn was committed.")
                 case ClaimLost():
                     raise ServiceError(store_error_info(event.error, call.conversation_id))
         if fresh:
