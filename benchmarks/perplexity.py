@@ -1,6 +1,6 @@
 """What the sinks are for: perplexity of one long text, streamed through the engine in constant memory.
 
-    python -m benchmarks.perplexity                          # float32 and int8, about 10 minutes on two idle cores
+    python -m benchmarks.perplexity        # float32 and int8, about 10 minutes on two idle cores
     python -m benchmarks.perplexity --weights int8 --tokens 12000
 
 Every token of the text is predicted once, in order, by
