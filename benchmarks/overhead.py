@@ -346,7 +346,7 @@ def main() -> int:
         result["milliseconds"] = {
             name: {"p50": samples.p50(name), "p99": samples.p99(name)} for name in samples.values
         }
-        console.print(report.save("overhead", result))
+        console.print(report.save(f"overhead-{options.model}", result))
     return 0
 
 
