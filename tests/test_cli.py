@@ -452,18 +452,13 @@ def test_build_of_nothing_is_an_error(run: Callable[..., Any], tmp_path: Path) -
     assert "does not exist" in result.output
 
 
-def test_up_refuses_a_taken_port(run: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("detach", [False, True])
+def test_up_refuses_a_taken_port_and_says_why(tmp_path: Path, detach: bool) -> None:
+    # In a process of its own: `up` takes the signals and, at its end, ends all it has for children.
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = run("up", "--model", "toy", "--port", str(taken.getsockname()[1]))
-    assert result.exit_code == 1
-    assert "use --port" in result.output
-
-
-def test_detached_up_shows_why_it_failed(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        arguments = ["up", "--detach", "--model", "toy", "--port", str(taken.getsockname()[1])]
+        arguments = ["up", "--model", "toy", "--port", str(taken.getsockname()[1])]
         result = subprocess.run(
-            [sys.executable, "-m", "deployments.cli", *arguments],
+            [sys.executable, "-m", "deployments.cli", *arguments, *["--detach"] * detach],
             env={**os.environ, "SINKSERVE_HOME": str(tmp_path)},
             capture_output=True,
             text=True,
@@ -472,7 +467,8 @@ def test_detached_up_shows_why_it_failed(tmp_path: Path) -> None:
         )
     assert result.returncode == 1
     assert "use --port" in result.stdout
-    assert "up.log" in result.stdout
+    assert ("up.log" in result.stdout) == detach
+    assert Home(tmp_path).read_state() is None
 
 
 def test_up_twice_says_so(run: Callable[..., Any], tmp_path: Path) -> None:
