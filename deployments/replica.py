@@ -15,7 +15,8 @@ from deployments.config import ServiceConfig, load_config
 from deployments.engine_files import locate_engine, start_engine, warm_up
 from deployments.turn_call import ReplicaStats, TurnCall, TurnItem
 from deployments.turn_runner import ReplicaParts, TurnRunner
-from engine.loop import EngineLoop, LoopConfig
+from engine.loop import EngineLoop
+from engine.loop_types import LoopConfig
 
 log = logging.getLogger(__name__)
 

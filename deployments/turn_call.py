@@ -56,7 +56,7 @@ class TurnTokens:
 @dataclass(frozen=True, slots=True)
 class TurnUsage:
     """Counts in tokens. `input_tokens` are this turn's own; `context_tokens` is the age of the
-    conversation before it; `cached_tokens` of that context were resident and not recomputed;
+    conversation before it; `cached_tokens` of that context, at most the capacity, were resident;
     `prefill_tokens` were computed before the first output token; `evicted_tokens` have slid out of the
     window since the conversation began."""
 

@@ -28,7 +28,8 @@ from deployments.store_errors import store_errors
 from deployments.turn_call import ReplicaStats, TurnCall, TurnDone, TurnItem, TurnRefused
 from deployments.turn_claim import ClaimLost, TurnClaim
 from deployments.turn_progress import ReplyCodec, TurnProgress
-from engine.loop import EngineLoop, LoopStopped, Overloaded, TurnRunning
+from engine.loop import EngineLoop
+from engine.loop_types import LoopStopped, Overloaded, TurnRunning
 from engine_build.spec import EngineSpec
 
 log = logging.getLogger(__name__)

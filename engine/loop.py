@@ -7,11 +7,6 @@
 A turn waits, first come first served, for room in the step and for a kv_slot. Its events are handed to
 its callback on the loop's thread, in order and outside the lock, so a callback may call the loop.
 A callback that raises loses its turn, nothing else does.
-
-    LoopError
-    |- Overloaded      the waiting queue is full: try again later
-    |- TurnRunning     the conversation has a turn that has not been settled or discarded
-    |- LoopStopped     the loop is stopping or dead: another replica must take the turn
 """
 
 from __future__ import annotations
@@ -21,9 +16,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
+from engine.loop_types import (
+    LoopConfig,
+    LoopStats,
+    LoopStopped,
+    Overloaded,
+    TurnHandle,
+    TurnRunning,
+)
 from engine.protocol import (
     Engine,
     FinishReason,
@@ -33,80 +35,12 @@ from engine.protocol import (
     StepResult,
     TurnFailed,
 )
-from engine.residency import Lease, Residency, Resident
-from engine.running_turn import OnEvent, RunningTurn, checked_counts
+from engine.residency import Lease, Residency
+from engine.running_turn import OnEvent, RunningTurn, check_request, checked_counts
 from engine.scheduler import Scheduler, SchedulerConfig, Share
-from engine.turn import (
-    TokenSampled,
-    TurnEnded,
-    TurnError,
-    TurnEvent,
-    TurnRequest,
-    TurnStarted,
-)
+from engine.turn import TokenSampled, TurnEnded, TurnError, TurnEvent, TurnRequest, TurnStarted
 
 logger = logging.getLogger(__name__)
-
-
-class LoopError(Exception):
-    """Base of what `EngineLoop.submit` raises."""
-
-
-class Overloaded(LoopError):
-    """The waiting queue is full."""
-
-
-class TurnRunning(LoopError):
-    """The conversation has a turn that has not been settled or discarded."""
-
-
-class LoopStopped(LoopError):
-    """The loop takes no more turns."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoopConfig:
-    """`max_running` turns a step (never more than the engine has slots), `prefill_tokens` beside them
-    (0: one whole chunk), `max_waiting` turns in the queue."""
-
-    max_running: int = 16
-    prefill_tokens: int = 0
-    max_waiting: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class LoopStats:
-    """A consistent picture. `unsettled` turns have ended and hold their slot until their commit.
-
-    `step_running_s` is the age of the step that runs now, 0 between steps; `dead` says why the loop
-    is dead, None while it lives. `residents` are clean slots, latest use first, of limited number.
-    """
-
-    running: int
-    waiting: int
-    unsettled: int
-    num_slots: int
-    free_slots: int
-    clean_slots: int
-    num_steps: int
-    prefilled_tokens: int
-    generated_tokens: int
-    evicted_slots: int
-    step_running_s: float
-    dead: str | None
-    residents: tuple[Resident, ...]
-
-
-class TurnHandle:
-    """What `submit` returns: a way to cancel exactly this turn."""
-
-    def __init__(self, loop: EngineLoop, turn: RunningTurn) -> None:
-        self._loop = loop
-        self._turn = turn
-
-    def cancel(self) -> None:
-        """End the turn before the next step, with TurnEnded("cancelled") unless it has ended."""
-        self._loop._cancel(self._turn)
 
 
 class EngineLoop:
@@ -161,11 +95,7 @@ class EngineLoop:
         Raises Overloaded, TurnRunning, LoopStopped; ValueError unless `max_tokens` is positive and
         the window fits the engine.
         """
-        spec, window = self._engine.spec, request.window
-        if request.max_tokens < 1:
-            raise ValueError("max_tokens must be at least 1")
-        if window.slot_tokens > spec.slot_tokens or window.sink_tokens > spec.max_sink_tokens:
-            raise ValueError(f"the engine's slots are too small for {window}")
+        check_request(request, self._engine.spec)
         with self._lock:
             if self._dead is not None or self._stopping != "no":
                 raise LoopStopped(self._dead or "the engine is stopping")
@@ -178,7 +108,7 @@ class EngineLoop:
             self._turns[request.conversation_id] = turn
             self._waiting.append(turn)
             self._wake.notify_all()
-        return TurnHandle(self, turn)
+        return TurnHandle(lambda: self._cancel(turn))
 
     def cancel(self, conversation_id: str) -> None:
         """End the conversation's turn before the next step; no effect if it has none running."""
@@ -393,7 +323,8 @@ class EngineLoop:
         turn.length = start
         turn.history = request.retained
         self._scheduler.add(turn.number, counts)
-        cached = min(lease.resident_length or 0, start, request.token_count)
+        in_window = min(request.token_count, request.window.capacity)
+        cached = min(lease.resident_length or 0, start, in_window)
         self._outbox.append((turn, TurnStarted(prefill.recovery, cached, sum(counts))))
 
     def _apply(

@@ -11,6 +11,7 @@ import numpy as np
 from engine.protocol import Row, SampleRequest, TokenIds
 from engine.scheduler import Share
 from engine.turn import Prefill, Segment, TurnEvent, TurnRequest
+from engine_build.spec import EngineSpec
 
 OnEvent = Callable[[TurnEvent], None]
 
@@ -78,6 +79,15 @@ class RunningTurn:
                 timings["ttft_s"] = self.first_token_s - self.submitted_s
                 timings["decode_s"] = now_s - self.first_token_s
         return timings
+
+
+def check_request(request: TurnRequest, spec: EngineSpec) -> None:
+    """Raises ValueError unless `max_tokens` is positive and the window fits the engine's slots."""
+    window = request.window
+    if request.max_tokens < 1:
+        raise ValueError("max_tokens must be at least 1")
+    if window.slot_tokens > spec.slot_tokens or window.sink_tokens > spec.max_sink_tokens:
+        raise ValueError(f"the engine's slots are too small for {window}")
 
 
 def checked_counts(prefill: Prefill, request: TurnRequest, vocab_size: int) -> list[int]:

@@ -68,7 +68,8 @@ class TurnRequest:
 
 @dataclass(frozen=True, slots=True)
 class TurnStarted:
-    """The turn has its kv_slot. `cached_tokens` of its context were resident, `prefill_tokens` will run."""
+    """The turn has its kv_slot. `cached_tokens` of its context were resident in sinks and window,
+    `prefill_tokens` will run."""
 
     recovery: Recovery
     cached_tokens: int

@@ -54,6 +54,8 @@ def test_a_conversation_far_past_its_window_prefills_only_its_own_tokens() -> No
             # All but the last sampled token and the closing ids were still there.
             assert done.usage.prefill_tokens <= done.usage.input_tokens + 3
             assert done.usage.evicted_tokens == max(0, len(talk.log) - SPEC.capacity)
+            # What has slid out of the window is not in the cache any more.
+            assert min(before, 1) <= done.usage.cached_tokens <= SPEC.capacity
         record = await store.get(TENANT, talk.conversation_id)
         assert (record.turn, record.head, record.history) == (30, talk.head, talk.history)
         assert record.token_count == len(talk.log) > 10 * SPEC.capacity

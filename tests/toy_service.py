@@ -22,7 +22,8 @@ from deployments.config import Limits, Tunables
 from deployments.text import ChatCodec
 from deployments.turn_call import TurnCall, TurnDone, TurnItem, TurnRefused
 from deployments.turn_runner import ReplicaParts, TurnRunner
-from engine.loop import EngineLoop, LoopConfig
+from engine.loop import EngineLoop
+from engine.loop_types import LoopConfig
 from engine.sampling import SamplingParams
 from engine.toy_engine import ToyEngine, ToyModel, ToyText, byte_spec, toy_reply
 from engine.window import SinkWindow
