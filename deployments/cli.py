@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -45,6 +46,7 @@ ApiKey = Annotated[
 
 def main() -> None:
     """Entry point of the `sinkserve` command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would ask for torch
     app()
 
 

@@ -284,6 +284,14 @@ def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.model, config.port, config.replicas) == ("toy", 4321, 3)
 
 
+def test_an_engine_directory_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_config(None, {"model": "engine"}).model == str(tmp_path / "engine")
+
+
 def test_a_serve_config_file_is_accepted(tmp_path: Path) -> None:
     file = tmp_path / "serve_config.yaml"
     file.write_text("applications:\n- name: sinkserve\n  args:\n    model: toy\n")

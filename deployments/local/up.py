@@ -37,7 +37,11 @@ def read_config(file: Path | None, overrides: Mapping[str, Any]) -> ServiceConfi
     try:
         if file is not None:
             fields = _fields_of(yaml.safe_load(file.read_text()))
-        return load_config({**fields, **overrides})
+        fields |= overrides
+        model = fields.get("model")
+        if isinstance(model, str) and model and Path(model).is_dir():
+            fields["model"] = str(Path(model).absolute())  # replicas stand elsewhere
+        return load_config(fields)
     except OSError as error:
         _refuse([f"{file}: {error.strerror}"])
     except yaml.YAMLError as error:
