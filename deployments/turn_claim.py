@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.conversation import Ownership
+import numpy as np
+
+from cluster.conversation import Ownership, TokenIds
 from cluster.restore import plan_restore, retained_ids
 from cluster.store import ConversationStore, Fenced, NotFound, StoreError, StoreUnavailable
 from deployments.turn_call import TurnCall
@@ -89,7 +91,7 @@ class TurnClaim:
             token_count=record.token_count,
             input_tokens=len(call.input_ids),
             prefill=self._prefill,
-            retained=retained_ids(self.ownership.replay, call.input_ids),
+            retained=_penalised(retained_ids(self.ownership.replay, call.input_ids), eos_ids),
             sampling=call.sampling,
             max_tokens=call.max_tokens,
             eos_ids=frozenset() if call.ignore_eos else eos_ids,
@@ -125,3 +127,10 @@ class TurnClaim:
             except StoreUnavailable as error:
                 # Safety is the fence's: a commit after the lease ran out is refused if need be.
                 log.warning("lease of %s not renewed: %s", call.conversation_id, error)
+
+
+def _penalised(token_ids: TokenIds, eos_ids: frozenset[int]) -> TokenIds:
+    """Without what ends a turn: every turn adds one, and penalties on them would let the replies of a
+    long conversation never end."""
+    kept: TokenIds = token_ids[~np.isin(token_ids, list(eos_ids))]
+    return kept
