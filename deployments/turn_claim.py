@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import numpy as np
 
 from cluster.conversation import Ownership, TokenIds
 from cluster.restore import plan_restore, retained_ids
-from cluster.store import ConversationStore, Fenced, NotFound, StoreError, StoreUnavailable
+from cluster.store import ConversationStore, Fenced, NotFound, StoreError
 from deployments.turn_call import TurnCall
 from engine.turn import Prefill, Segment, StopCheck, TurnEvent, TurnRequest
 from engine.window import SinkWindow
@@ -108,12 +107,11 @@ class TurnClaim:
         self._renewal = asyncio.create_task(self._renew(store, lease_s))
 
     async def release(self) -> None:
-        """Stop renewing; idempotent."""
+        """Stop renewing; idempotent. Whatever ended the renewal is not the caller's trouble."""
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewal
+            await asyncio.wait([renewal])
 
     async def _renew(self, store: ConversationStore, lease_s: Callable[[], float]) -> None:
         call, fence = self.call, self.ownership.fence
@@ -124,7 +122,7 @@ class TurnClaim:
             except (Fenced, NotFound) as error:
                 self.mailbox.put(ClaimLost(error))
                 return
-            except StoreUnavailable as error:
+            except StoreError as error:
                 # Safety is the fence's: a commit after the lease ran out is refused if need be.
                 log.warning("lease of %s not renewed: %s", call.conversation_id, error)
 

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cluster.conversation import BeginTurn
-from cluster.store import ConversationStore, Fenced, NotFound, StoreError
+from cluster.conversation import BeginTurn, Conversation, TurnCommit
+from cluster.store import ConversationStore, Fenced, NotFound, StoreError, StoreUnavailable
 from deployments.config import Tunables
 from deployments.errors import ErrorInfo, ServiceError
 from deployments.store_errors import store_errors
@@ -38,6 +38,9 @@ T = TypeVar("T")
 
 HANDOVER_S = 5.0
 """How long a turn waits for this replica's previous turn of the conversation to be cleared away."""
+
+_COMMIT_PAUSE_S = 0.05
+_MAX_COMMIT_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class TurnRunner:
         stats = self._parts.loop.stats(0)
         return {
             "free_slots": stats.free_slots,
+            "clean_slots": stats.clean_slots,
             "running": stats.running,
             "waiting": stats.waiting,
             "draining": self._closing,
@@ -192,23 +196,27 @@ class TurnRunner:
         async with store_errors(call.conversation_id):
             ownership = await self._parts.store.begin(turn)
         claim = TurnClaim(call, ownership, self._parts.replica, self._parts.spec.slot_tokens)
-        previous = self._claims.get(call.conversation_id)
-        if previous is not None and not await self._handed_over(previous):
-            await self._give_back(claim)
-            raise _refused("conversation_busy", "Another turn of the conversation is ending.")
+        while (previous := self._claims.get(call.conversation_id)) is not None:
+            if not await self._handed_over(previous):
+                await self._give_back(claim)
+                raise _refused("conversation_busy", "Another turn of the conversation is ending.")
         self._claims[call.conversation_id] = claim
         claim.keep_alive(self._parts.store, lambda: self.tunables.lease_s)
         return claim
 
     async def _handed_over(self, previous: TurnClaim) -> bool:
-        """The store says that this replica's previous turn is over: have it cleared away."""
+        """The store says that this replica's previous turn is over: clear it away."""
         previous.mailbox.put(ClaimLost(Fenced(previous.call.conversation_id)))
+        if not previous.ending:
+            # Not left to who reads its items: perhaps nobody does.
+            await self._undo(previous)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HANDOVER_S):
                 await previous.over.wait()
         return previous.over.is_set()
 
     def _submit(self, claim: TurnClaim) -> None:
+        _check_goes_on(claim)
         codec = self._parts.codec
         request = claim.request(codec.eos_ids, codec.stop_check(claim.call.stop))
         try:
@@ -222,13 +230,13 @@ class TurnRunner:
 
     async def _commit(self, claim: TurnClaim, progress: TurnProgress) -> TurnDone:
         """End the turn for good, or undo it and raise ServiceError."""
+        _check_goes_on(claim)
         claim.ending = True
         try:
             outcome = progress.outcome()
-            await claim.release()
             start_s = time.perf_counter()
             async with store_errors(claim.call.conversation_id):
-                committed = await self._parts.store.commit(outcome.commit)
+                committed = await self._send_commit(outcome.commit)
             commit_s = time.perf_counter() - start_s
             self._parts.loop.settle(
                 claim.call.conversation_id, committed.head, outcome.cached_tokens
@@ -237,16 +245,34 @@ class TurnRunner:
             self._counts["refused_turns"] += 1
             await self._undo(claim)
             raise
+        await claim.release()
         self._finish(claim)
         self._counts["committed_turns"] += 1
         return outcome.done(committed, commit_s)
 
+    async def _send_commit(self, commit: TurnCommit) -> Conversation:
+        """Send it again while the store is away, for as long as a lease: the client has read the
+        reply, and the fence makes repeating safe. Raises StoreError."""
+        until_s = time.monotonic() + self.tunables.lease_s
+        pause_s = _COMMIT_PAUSE_S
+        while True:
+            try:
+                return await self._parts.store.commit(commit)
+            except StoreUnavailable as error:
+                if time.monotonic() + pause_s > until_s:
+                    raise
+                log.warning("commit of %s is sent again: %s", commit.conversation_id, error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_COMMIT_PAUSE_S)
+
     async def _undo(self, claim: TurnClaim) -> None:
         """As if the turn had never begun. The slot first: see the top of this file."""
         claim.ending = True
-        self._parts.loop.discard(claim.call.conversation_id)
-        await self._give_back(claim)
-        self._finish(claim)
+        try:
+            self._parts.loop.discard(claim.call.conversation_id)
+            await self._give_back(claim)
+        finally:
+            self._finish(claim)
 
     async def _give_back(self, claim: TurnClaim) -> None:
         call = claim.call
@@ -278,6 +304,12 @@ class TurnRunner:
         # Its caller may be gone: look at the error, lest asyncio reports it as unseen.
         if not task.cancelled():
             task.exception()
+
+
+def _check_goes_on(claim: TurnClaim) -> None:
+    """Raises ServiceError for a claim that this replica is clearing away, unknown to who reads it."""
+    if claim.ending:
+        raise _refused("replica_lost", "The replica has ended the turn; send it again.")
 
 
 def _refused(code: str, message: str, param: str | None = None) -> ServiceError:

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.conversation import BeginTurn, Conversation, Fence, TurnCommit
 from cluster.memory_store import MemoryStore
-from cluster.store import Conflict, Fenced, StoreUnavailable
+from cluster.store import Conflict, Fenced, StoreError, StoreUnavailable
 from deployments.config import Limits, Tunables
 from deployments.turn_call import TurnAccepted, TurnDone, TurnRefused, TurnTokens
 from deployments.turn_runner import TurnRunner
@@ -198,6 +198,10 @@ async def until_one(runner: TurnRunner, what: str) -> None:
     await until(check)
 
 
+async def unsettled(runner: TurnRunner) -> bool:
+    return runner._parts.loop.stats().unsettled == 1
+
+
 async def read_until_tokens(runner: TurnRunner, talk: Talk, text: str) -> Any:
     """Start a turn and leave it in mid-stream: an open generator."""
     items = runner.turn(talk.call(text, max_tokens=400, ignore_eos=True))
@@ -348,24 +352,40 @@ def test_calls_that_would_harm_the_engine_are_refused(fields: dict[str, Any], co
     run(scenario)
 
 
+class TimeIsRenewals(MemoryStore):
+    """Its clock moves by most of a lease with every renewal, and only then."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.renewals = 0
+        super().__init__(clock=lambda: self.now_s)
+
+    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
+        await super().renew(tenant, conversation_id, fence, lease_s)
+        self.now_s += 0.9 * lease_s
+        self.renewals += 1
+
+
 def test_a_long_turn_keeps_its_lease() -> None:
     async def scenario() -> None:
-        store = MemoryStore()
+        store = TimeIsRenewals()
         tunables = Tunables.model_construct(limits=Limits(), lease_s=0.15)
-        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.01)
+        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002)
         runner = make_runner(store, engine=engine, tunables=tunables)
         talk = await Talk(store).create()
-        call = talk.call("long", max_tokens=60, ignore_eos=True)
+        call = talk.call("long", max_tokens=4000, ignore_eos=True)
         running = asyncio.create_task(run_turn(runner, call))
-        await asyncio.sleep(0.05)
+        await started(talk)
         steal = BeginTurn(
             talk.conversation_id, TENANT, "thief", call.input_ids, SPEC.fingerprint, 1.0
         )
-        while not running.done():
+        while store.renewals < 4:
             with pytest.raises(Conflict):
                 await store.begin(steal)
-            await asyncio.sleep(0.02)
-        assert isinstance(running.result()[-1], TurnDone)
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.wait([running])
+        await talk.say(runner, "again", max_tokens=5)
         await runner.close()
 
     run(scenario)
@@ -412,27 +432,50 @@ def test_a_turn_whose_lease_ran_out_makes_way_on_its_own_replica() -> None:
 
 
 class FlakyStore(MemoryStore):
-    """The first commit gets no answer; whether it took effect is for `applied` to say."""
+    """The first `failures` commits get no answer; whether they took effect is for `applied` to say."""
 
-    applied = False
-    failed = False
+    def __init__(self, failures: int, applied: bool = False) -> None:
+        super().__init__()
+        self.failures = failures
+        self.applied = applied
 
     async def commit(self, commit: TurnCommit) -> Conversation:
-        if not self.failed:
-            self.failed = True
+        if self.failures:
+            self.failures -= 1
             if self.applied:
                 await super().commit(commit)
             raise StoreUnavailable("no answer")
         return await super().commit(commit)
 
 
-def test_a_commit_without_effect_is_as_if_the_turn_never_was() -> None:
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_turn_is_committed_once_although_the_store_was_away(failures: int, applied: bool) -> None:
     async def scenario() -> None:
-        store = FlakyStore()
+        store = FlakyStore(failures, applied)
         runner = make_runner(store)
         talk = await Talk(store).create()
+        await talk.say(runner, "x", max_tokens=9)
+        record = await store.get(TENANT, talk.conversation_id)
+        assert (record.turn, record.head, record.running) == (1, talk.head, False)
+        assert (await talk.say(runner, "next")).usage.recovery == "none"
+        await runner.close()
+
+    run(scenario)
+
+
+IMPATIENT = Tunables.model_construct(limits=Limits(), lease_s=0.2)
+
+
+def test_a_store_that_stays_away_longer_than_the_lease_ends_the_turn_as_if_it_never_was() -> None:
+    async def scenario() -> None:
+        store = FlakyStore(failures=10**9)
+        runner = make_runner(store, tunables=IMPATIENT)
+        talk = await Talk(store).create()
         assert await refusal(runner, talk.call("x")) == "store_unavailable"
+        assert 10**9 - store.failures > 2
         assert not (await store.get(TENANT, talk.conversation_id)).running
+        store.failures = 0
         for n in range(5):
             await talk.say(runner, f"{n}")
         await runner.close()
@@ -442,16 +485,137 @@ def test_a_commit_without_effect_is_as_if_the_turn_never_was() -> None:
 
 def test_a_commit_whose_answer_was_lost_is_found_by_the_next_turn() -> None:
     async def scenario() -> None:
-        store = FlakyStore()
-        store.applied = True
-        runner = make_runner(store)
+        store = FlakyStore(failures=10**9, applied=True)
+        runner = make_runner(store, tunables=IMPATIENT)
         talk = await Talk(store).create()
         call = talk.call("x", max_tokens=9)
         assert await refusal(runner, call) == "store_unavailable"
         record = await store.get(TENANT, talk.conversation_id)
         assert (record.turn, record.running) == (1, False)
         await talk.adopt(call)
+        store.failures = 0
         await talk.say(runner, "next")
+        await runner.close()
+
+    run(scenario)
+
+
+class StoreBehindACommit(MemoryStore):
+    """Away at the first commit until the lease has been renewed `renewals` times since."""
+
+    def __init__(self, renewals: int) -> None:
+        super().__init__()
+        self.renewals = renewals
+        self.asked = False
+
+    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
+        await super().renew(tenant, conversation_id, fence, lease_s)
+        self.renewals -= self.asked
+
+    async def commit(self, commit: TurnCommit) -> Conversation:
+        self.asked = True
+        if self.renewals > 0:
+            raise StoreUnavailable("no answer")
+        return await super().commit(commit)
+
+
+def test_the_lease_lives_on_while_a_commit_is_sent_again() -> None:
+    async def scenario() -> None:
+        store = StoreBehindACommit(renewals=1)
+        runner = make_runner(store, tunables=Tunables(lease_s=1.0))
+        talk = await Talk(store).create()
+        await talk.say(runner, "x", max_tokens=9)
+        await runner.close()
+
+    run(scenario)
+
+
+class FailingRenewals(MemoryStore):
+    """Renewing fails in a way that nobody has foreseen."""
+
+    attempts = 0
+
+    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
+        self.attempts += 1
+        raise StoreError("the conversation store failed: ERR")
+
+
+@pytest.mark.parametrize("max_tokens", [60, 4000])
+def test_a_renewal_that_fails_wedges_nothing(max_tokens: int) -> None:
+    async def scenario() -> None:
+        store = FailingRenewals()
+        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.005)
+        runner = make_runner(store, engine=engine, tunables=IMPATIENT)
+        talk = await Talk(store).create()
+        call = talk.call("x", max_tokens, ignore_eos=True, timeout_s=0.5)
+        done = (await run_turn(runner, call))[-1]
+        if isinstance(done, TurnDone):
+            talk.accept(call, done)
+        else:
+            assert store.attempts > 1
+        await talk.say(runner, "again", max_tokens=5)
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_stream_that_nobody_reads_makes_way_once_its_lease_is_over() -> None:
+    async def scenario() -> None:
+        now_s = 1000.0
+        store = MemoryStore(clock=lambda: now_s)
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk = await Talk(store).create()
+        await talk.say(runner, "one")
+        unread = await read_until_tokens(runner, talk, "x")
+        now_s += 100.0
+        await talk.say(runner, "two")
+        assert "replica_lost" in str([item async for item in unread][-1])
+        await talk.say(runner, "three")
+        await runner.close()
+
+    run(scenario)
+
+
+def test_an_unread_turn_that_has_made_way_cannot_end_its_successor() -> None:
+    async def scenario() -> None:
+        now_s = 1000.0
+        store = MemoryStore(clock=lambda: now_s)
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk = await Talk(store).create()
+        unread = runner.turn(talk.call("x", max_tokens=3, ignore_eos=True))
+        assert isinstance(await anext(unread), TurnAccepted)
+        await until(lambda: unsettled(runner))
+        assert isinstance(await anext(unread), TurnTokens)
+        now_s += 100.0
+        call = talk.call("y", max_tokens=60, ignore_eos=True)
+        successor = asyncio.create_task(run_turn(runner, call))
+        await until_one(runner, "running")
+        assert "replica_lost" in str(await anext(unread))
+        done = (await successor)[-1]
+        assert isinstance(done, TurnDone), done
+        talk.accept(call, done)
+        await runner.close()
+
+    run(scenario)
+
+
+def test_turns_that_take_over_from_one_another_on_one_replica_end_one_by_one() -> None:
+    async def scenario() -> None:
+        now_s = 1000.0
+        store = SlowAbort()
+        store._clock = lambda: now_s
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        talk = await Talk(store).create()
+        turns = []
+        for n in range(3):
+            call = talk.call(f"{n}", 400, ignore_eos=True)
+            turns.append(asyncio.create_task(run_turn(runner, call)))
+            # The next one begins while the one before is being cleared away.
+            await asyncio.sleep(0.01)
+            now_s += 100.0
+        last = [(await turn)[-1] for turn in turns]
+        assert [isinstance(item, TurnDone) for item in last] == [False, False, True], last
+        runner._parts.loop.check_integrity()
         await runner.close()
 
     run(scenario)
@@ -549,6 +713,7 @@ def test_a_full_queue_is_overloaded_and_recovers() -> None:
         await talks[2].say(runner, "now")
         assert runner.routing_stats() == {
             "free_slots": 0,
+            "clean_slots": 1,
             "running": 0,
             "waiting": 0,
             "draining": False,
