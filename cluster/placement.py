@@ -2,7 +2,8 @@
 
     owner alive, has room    -> the owner
     owner alive, full        -> wait for it, at most `max_wait_s`; never a second copy elsewhere
-    owner gone, or none yet  -> the replica with most free kv_slots
+    owner gone, or none yet  -> the replica with most free kv_slots; once all are used, of those with an
+                                idle slot the one with least to do
 
 Placement gives affinity only. Exclusivity is the store's (`begin` and its fence).
 """
@@ -22,12 +23,14 @@ Reason = Literal["owner", "new", "owner_lost"]
 class ReplicaView:
     """A living replica as a router sees it.
 
-    `free_slots` kv_slots hold no conversation; `running` and `waiting` count turns. `full`: it would
-    reject a request now. `draining`: it finishes its turns and is to get no further ones.
+    `free_slots` kv_slots hold no conversation, `clean_slots` one that no turn uses: it can be evicted.
+    `running` and `waiting` count turns. `full`: it would reject a request now. `draining`: it finishes
+    its turns and is to get no further ones.
     """
 
     replica: str
     free_slots: int = 0
+    clean_slots: int = 0
     running: int = 0
     waiting: int = 0
     full: bool = False
@@ -87,15 +90,18 @@ class Placement:
 
 
 def _emptiest(conversation_id: str, replicas: Iterable[ReplicaView]) -> str | None:
-    """Most free slots, then fewest turns, then rendezvous hash (Thaler and Ravishankar, 1996)."""
+    """A slot to be had at all, most free slots, fewest turns, most clean slots (the one to be evicted
+    is then idle for longest), then rendezvous hash (Thaler and Ravishankar, 1996)."""
     with_room = [view for view in replicas if not view.full]
     if not with_room:
         return None
     best = max(
         with_room,
         key=lambda view: (
+            view.free_slots + view.clean_slots > 0,
             view.free_slots,
             -(view.running + view.waiting),
+            view.clean_slots,
             _weight(conversation_id, view.replica),
         ),
     )

@@ -99,20 +99,23 @@ class ConversationRouter(RequestRouter):
         return None
 
     def _views(self, now_s: float) -> list[ReplicaView]:
-        known = [r.routing_stats.get("free_slots", 0) for r in self._replicas_list]
+        known = [int(r.routing_stats.get("free_slots", 0)) for r in self._replicas_list]
         # A replica that has just started has no statistics yet, and surely free slots.
-        most_free = max(known, default=0)
-        return [self._view(r, int(most_free), now_s) for r in self._replicas_list]
+        most_free = max([1, *known])
+        return [self._view(r, most_free, now_s) for r in self._replicas_list]
 
     def _view(self, replica: RunningReplica, default_free_slots: int, now_s: float) -> ReplicaView:
         stats: dict[str, Any] = replica.routing_stats
         name = replica.replica_id.unique_id
         free_slots = int(stats.get("free_slots", default_free_slots))
+        # What was just sent there is counted as waiting, lest all that comes at once goes to one.
+        sent = self._table.recently_taken(name, now_s)
         return ReplicaView(
             replica=name,
-            free_slots=free_slots - self._table.recently_taken(name, now_s),
+            free_slots=max(0, free_slots - sent),
+            clean_slots=int(stats.get("clean_slots", 0)),
             running=int(stats.get("running", 0)),
-            waiting=int(stats.get("waiting", 0)),
+            waiting=int(stats.get("waiting", 0)) + sent,
             full=self._is_full(replica),
             draining=bool(stats.get("draining", False)),
         )

@@ -27,6 +27,39 @@ def test_equal_slots_go_to_the_replica_with_fewer_turns() -> None:
     assert POLICY.decide("conv", [], [A, B, C], 0.0) == Placed("b", "new")
 
 
+def test_a_cache_is_given_up_only_where_no_slot_is_free() -> None:
+    """The steady state is that of full replicas: every slot holds a conversation, most are idle."""
+    last_free = ReplicaView("a", free_slots=1, clean_slots=2, running=5, waiting=3)
+    idle = ReplicaView("b", free_slots=0, clean_slots=8)
+    assert POLICY.decide("conv", [], [last_free, idle], 0.0) == Placed("a", "new")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "chosen"),
+    [
+        # clean, running, waiting
+        ((8, 0, 0), (8, 1, 0), "a"),
+        ((6, 2, 0), (4, 4, 0), "a"),
+        ((6, 2, 3), (4, 4, 0), "b"),
+        # Of two with as much to do, the one that keeps more gives up what is idle for longer.
+        ((30, 2, 0), (6, 2, 0), "a"),
+        # A short queue is no good where every slot is in use.
+        ((0, 2, 0), (5, 3, 0), "b"),
+        ((0, 2, 0), (0, 3, 0), "a"),
+    ],
+)
+def test_full_replicas_get_conversations_by_what_they_have_to_do(
+    a: tuple[int, int, int], b: tuple[int, int, int], chosen: str
+) -> None:
+    views = [
+        ReplicaView(name, 0, clean, running, waiting)
+        for name, (clean, running, waiting) in (("a", a), ("b", b))
+    ]
+    for n in range(20):
+        assert POLICY.decide(f"conv_{n}", [], views, 0.0) == Placed(chosen, "new")
+        assert POLICY.decide(f"conv_{n}", ["gone"], views, 0.0) == Placed(chosen, "owner_lost")
+
+
 def test_ties_are_broken_by_a_hash_that_spreads_and_does_not_depend_on_order() -> None:
     views = [ReplicaView(name, free_slots=4) for name in "xyz"]
     chosen = [POLICY.decide(f"conv_{n}", [], views, 0.0) for n in range(60)]
@@ -104,6 +137,7 @@ VIEWS = st.lists(
         ReplicaView,
         replica=st.sampled_from(NAMES),
         free_slots=st.integers(0, 4),
+        clean_slots=st.integers(0, 4),
         running=st.integers(0, 4),
         waiting=st.integers(0, 4),
         full=st.booleans(),

@@ -102,6 +102,35 @@ def test_new_conversations_spread_before_statistics_catch_up_and_then_stay() -> 
     run(scenario)
 
 
+def full(name: str, clean_slots: int = 4, running: int = 0) -> Replica:
+    """A replica as it is in the long run: no slot was never used."""
+    replica = Replica(name)
+    replica.stats = {"free_slots": 0, "clean_slots": clean_slots, "running": running, "waiting": 0}
+    return replica
+
+
+def test_full_replicas_share_new_conversations_before_statistics_catch_up() -> None:
+    async def scenario() -> None:
+        router = make_router(full("a"), full("b"))
+        chosen = [await choose(router, call(f"conv_{n}")) for n in range(8)]
+        assert chosen.count("a") == chosen.count("b") == 4
+        router = make_router(full("a", 2, running=2), full("b"))
+        chosen = [await choose(router, call(f"conv_{n}")) for n in range(4)]
+        assert chosen.count("b") == 3
+
+    run(scenario)
+
+
+def test_a_replica_without_statistics_is_taken_for_free_among_full_ones() -> None:
+    async def scenario() -> None:
+        fresh = Replica("c")
+        fresh.stats = {}
+        router = make_router(full("a"), full("b"), fresh)
+        assert await choose(router, call("conv")) == "c"
+
+    run(scenario)
+
+
 def test_a_replica_without_statistics_yet_gets_its_share() -> None:
     async def scenario() -> None:
         fresh = Replica("b")
