@@ -48,6 +48,14 @@ class TextStream(Protocol):
         ...
 
 
+def replica_lost_info() -> ErrorInfo:
+    """Whoever loses sight of a replica cannot know how its turn ended."""
+    message = (
+        "The replica went away during the turn; read the conversation to see what is committed."
+    )
+    return ErrorInfo("replica_lost", message)
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How the ids of one reply become text: a fresh stream, and the bytes of single tokens."""
@@ -77,8 +85,7 @@ class TurnItems:
             async with asyncio.timeout_at(self._deadline):
                 item = await anext(self._items)
         except StopAsyncIteration:
-            message = "The replica went away during the turn; read the conversation to see what is committed."
-            raise ServiceError(ErrorInfo("replica_lost", message, retry_after_s=1.0)) from None
+            raise ServiceError(replica_lost_info()) from None
         except TimeoutError:
             message = "The turn took too long and was cancelled."
             raise ServiceError(ErrorInfo("timeout", message)) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,6 +22,7 @@ from deployments.engine_files import EngineFiles, locate_engine
 from deployments.errors import ErrorInfo, ServiceError
 from deployments.ingress import create_app
 from deployments.metrics import ServiceMetrics
+from deployments.open_turn import replica_lost_info
 from deployments.openai_schema import RequestLimits
 from deployments.replica import store_limits
 from deployments.turn_call import ReplicaStats, TurnCall, TurnDone, TurnItem, TurnRefused
@@ -79,9 +80,8 @@ def _ray_error_info(error: Exception) -> ErrorInfo:
             return ErrorInfo("overloaded", "Too many turns are waiting for a replica.")
         case DeploymentUnavailableError():
             return ErrorInfo("not_ready", "No replica is running; try again later.")
-        case ActorDiedError() | ActorUnavailableError():
-            message = "The replica went away during the turn; nothing of it was committed."
-            return ErrorInfo("replica_lost", message)
+        case RayActorError() | TaskCancelledError():
+            return replica_lost_info()
         case _:
             return ErrorInfo("internal_error", "The replica failed; its log says why.")
 
