@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster import embedded
 from deployments.cli import app
+from deployments.config import load_config
 from deployments.local.chat import Chat, printable, summary
 from deployments.local.client import ApiClient, ApiError, Reply, Unreachable
 from deployments.local.home import (
@@ -32,6 +36,8 @@ from deployments.local.home import (
     end_processes,
     this_process,
 )
+from deployments.local.progress import Steps
+from deployments.local.service import LocalService
 from deployments.local.status import token_counts
 from deployments.local.up import read_config
 
@@ -486,6 +492,38 @@ def test_up_twice_says_so(run: Callable[..., Any], tmp_path: Path) -> None:
         result = run("up", "--model", "toy")
     assert result.exit_code == 0
     assert "already up at http://127.0.0.1:4711" in result.output
+
+
+def test_a_store_that_dies_under_a_running_service_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.local.service.WATCH_EVERY_S", 0.01)
+    # pytest's own directories are too long for a unix socket.
+    with tempfile.TemporaryDirectory(prefix="ss-") as root:
+        shown = io.StringIO()
+        steps = Steps(Console(file=shown, width=200))
+        home = Home(Path(root))
+        service = LocalService(home, load_config({"model": "toy"}), steps)
+        watch = threading.Thread(target=service.wait)
+        try:
+            with steps.step("store") as step:
+                service._start_store(step)
+            url = service.config.redis_url
+            with redis.Redis.from_url(url) as client:
+                client.set("turn", 1)
+                server = psutil_process(int(client.info("server")["process_id"]))
+                watch.start()
+                server.kill()
+                while "starting it again" not in shown.getvalue():
+                    time.sleep(0.01)
+                assert client.get("turn") == b"1"
+                assert client.info("server")["process_id"] != server.pid
+            assert embedded.running_url(home.data) == url
+        finally:
+            service._stop.set()
+            watch.join()
+            embedded.stop(home.data)
+        assert shown.getvalue().count("starting it again") == 1
 
 
 def free_port() -> int:

@@ -41,7 +41,10 @@ HEALTHY_WITHIN_S = 180.0
 OBJECT_STORE_BYTES = 80 << 20  # close to Ray's minimum: tokens and text are all that passes
 RAY_BYTES = 700 << 20  # head, proxy, controller and ingress, measured
 REPLICA_BYTES = 400 << 20  # its process and the demo model's weights, measured
-NOTE_PROCESSES_EVERY_S = 5.0
+WATCH_EVERY_S = 5.0
+"""Half a default lease: a turn's commit is sent again until a dead store is back."""
+
+logger = logging.getLogger(__name__)
 
 
 class StartError(Exception):
@@ -64,6 +67,7 @@ class LocalService:
         self._starting = True
         self._stopping = False
         self._seen: set[ProcessMark] = set()
+        self._store_data: Path | None = None
         self._state = ServiceState(
             process=this_process(),
             phase="starting",
@@ -104,8 +108,9 @@ class LocalService:
 
     def wait(self) -> None:
         """Returns when SIGINT or SIGTERM asks the service to stop."""
-        while not self._stop.wait(NOTE_PROCESSES_EVERY_S):
+        while not self._stop.wait(WATCH_EVERY_S):
             self._note("ready")
+            self._keep_store()
 
     def stop(self) -> None:
         """End everything that `start` began, also when it did not finish. Idempotent."""
@@ -170,14 +175,26 @@ class LocalService:
         if self._config.redis_url != EMBEDDED:
             step.note = "external"
             return
-        data = self._config.data_dir or self._home.data
+        data = Path(self._config.data_dir or self._home.data)
         self._undo.callback(embedded.stop, data)
         try:
             url = embedded.ensure_running(data)
         except embedded.EmbeddedError as error:
             raise StartError(str(error)) from error
+        self._store_data = data
         self._config = self._config.model_copy(update={"redis_url": url})
-        step.note = relative(Path(data))
+        step.note = relative(data)
+
+    def _keep_store(self) -> None:
+        """Start the embedded store again if it has died; it comes back under its old address."""
+        data = self._store_data
+        if data is None or embedded.running_url(data) is not None:
+            return
+        try:
+            with self._steps.step("The conversation store had died; starting it again"):
+                embedded.ensure_running(data)
+        except embedded.EmbeddedError as error:
+            logger.warning("not yet: %s", error)
 
     def _start_ray(self, step: Step) -> None:
         import ray
