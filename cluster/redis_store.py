@@ -39,7 +39,6 @@ from cluster.store import (
     NotFound,
     StoreError,
     StoreLimits,
-    StoreUnavailable,
     TurnConflict,
 )
 
@@ -175,7 +174,7 @@ class RedisStore:
                 self._call("remember", [key], [entry, ttl]),
                 self._call("keep", [_tenant_key(conversation.tenant)], [2 * ttl]),
             )
-        except StoreUnavailable as error:
+        except StoreError as error:
             log.warning("turn committed, but its history cannot be matched: %s", error)
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:

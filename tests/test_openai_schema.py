@@ -112,6 +112,16 @@ def test_sampling_fields_arrive() -> None:
     assert isinstance(sampling.temperature, float)
 
 
+def test_a_bias_is_for_a_token_of_the_vocabulary() -> None:
+    assert parse(logit_bias={"999": 1}).sampling.logit_bias == ((999, 1.0),)
+    with pytest.raises(ServiceError) as refusal:
+        parse(logit_bias={"1000": 1})
+    assert (refusal.value.info.code, refusal.value.info.param) == (
+        "invalid_value",
+        "logit_bias.1000",
+    )
+
+
 def test_an_empty_nucleus_is_the_most_likely_token() -> None:
     sampling = parse(top_p=0, top_k=50).sampling
     assert (sampling.top_k, sampling.top_p) == (1, 0.9)

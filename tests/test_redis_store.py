@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,23 @@ async def test_a_commit_stands_when_its_history_cannot_be_indexed(
     assert done.turn == 1
     assert "its history cannot be matched" in caplog.text
     assert await store.match_history(ANN, done.history) is None
+
+
+async def test_a_commit_stands_whatever_its_index_meets(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = await store.create(new_conversation())
+    turn = claim(record)
+    ownership = await store.begin(turn)
+    call = store._functions.call
+
+    async def without_index(name: str, keys: Any, args: Any) -> Any:
+        if name == "remember":
+            raise StoreError("the conversation store failed: ERR")
+        return await call(name, keys, args)
+
+    monkeypatch.setattr(store._functions, "call", without_index)
+    assert (await store.commit(commit_of(turn, ownership))).turn == 1
 
 
 async def test_a_read_only_replica_is_named(own_server: ValkeyServer) -> None:
