@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_profile import breakdown
 from benchmarks.peers.llama_cpp_peer import LlamaCpp, ensure_llama_cpp
 from benchmarks.peers.llama_server import LlamaServer
 from benchmarks.peers.worker import Worker
@@ -57,6 +58,9 @@ def main() -> None:
     threads = max(options.threads)
     result["decode_many"] = _decode_many(peer, gguf, engine_dir, threads, options.runs, log)
     result["turn"] = _turn(peer, gguf, engine_dir, threads, options.runs, log)
+    result["milliseconds_per_step"] = {
+        f"{rows} at once": breakdown(engine_dir, rows, threads, CAPACITY) for rows in (1, 16)
+    }
     _print(result)
     print(f"\nwritten: {save('cpu_engine', result)}")
 
@@ -185,6 +189,13 @@ def _print(result: dict[str, Any]) -> None:
         ratio = f"{turn[f'ratio_to_{peer}']:.2f}"
         rows.append([name, f"{ttft['ours']:.0f}", f"{ttft[peer]:.0f}", ratio])
     print("\n" + table(rows))
+    parts = result["milliseconds_per_step"]
+    columns = list(parts)
+    spent = [["ms of a decode step", *columns]]
+    spent += [
+        [name, *(f"{parts[column][name]:.2f}" for column in columns)] for name in parts[columns[0]]
+    ]
+    print("\n" + table(spent))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,13 @@ class Subject:
     """One engine with `sequences` conversations of `capacity` tokens each, `keep` of them sinks."""
 
     def __init__(
-        self, engine_dir: str, threads: int, sequences: int, capacity: int, keep: int
+        self,
+        engine_dir: str,
+        threads: int,
+        sequences: int,
+        capacity: int,
+        keep: int,
+        profile: Path | None = None,
     ) -> None:
         spec = load_engine_spec(Path(engine_dir), capacity=capacity)
         self.engine = OnnxEngine(
@@ -33,6 +39,7 @@ class Subject:
             capacity=capacity,
             threads=threads,
             spinning=True,
+            profile=profile,
         )
         slot_tokens = self.engine.spec.slot_tokens
         self.window = SinkWindow(keep, capacity - keep, slot_tokens - keep)
