@@ -3,14 +3,18 @@
     python -m benchmarks.endurance                  30 turns against the service that is up here
     python -m benchmarks.endurance --turns 1000     the record; also draws docs/endurance.png
 
-Start the service first: scripts/up --detach. Each turn is a streamed `POST /v1/chat/completions` that
-carries only the new message. Recorded per turn: time to first token, milliseconds per token after it,
-tokens prefilled, tokens that have left the window, and the replicas' processor time and resident memory.
+Start the service first: scripts/up --detach. Ctrl-C ends the run early, with what there is. Each turn
+is a streamed `POST /v1/chat/completions` that carries only the new message. Recorded per turn: time to
+first token, milliseconds per token after it, tokens prefilled, tokens that have left the window, and the
+replicas' processor time and resident memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +30,10 @@ from benchmarks import report
 from deployments.local.client import ApiClient, Reply
 from deployments.local.home import Home
 
+SYSTEM = "You give short answers."
+LENGTH = (
+    "Two sentences, please."  # replies that end by themselves: cut ones teach a model to ramble
+)
 NUM_SAMPLES = 20
 PLOT = Path(__file__).parent.parent / "docs" / "endurance.png"
 
@@ -34,14 +42,29 @@ SUBJECTS = (
     "mountains", "letters", "bees", "glass", "the wind", "old maps", "tea", "lighthouses", "apples",
     "bridges", "snow", "clocks", "forests", "ships", "stars", "stories", "horses", "rain", "islands",
 )  # fmt: skip
-QUESTIONS = (
-    "Tell me one short fact about {}.",
-    "What do people like about {}?",
-    "Write one sentence with the words {} and {}.",
-    "Which is older, {} or {}?",
-    "Give me a name for a shop that sells things about {}.",
-    "How would you explain {} to a child?",
-    "And what about {}?",
+OPENINGS = (
+    "Let's talk about {}.",
+    "What do you know about {}?",
+    "I have always liked {}. Do you know why people do?",
+    "My daughter asked me about {} today. What should I tell her?",
+    "Write two sentences about {} and {}.",
+    "What is the difference between {} and {}?",
+    "Give me an idea for a short story about {}.",
+    "Where in the world would I go to see {}?",
+    "How did people live with {} a hundred years ago?",
+    "Is there a famous poem or song about {}?",
+    "What is the hardest thing about {}?",
+    "Explain {} to somebody who has never heard of it.",
+    "Someone told me that {} will be gone in fifty years. Could that be?",
+)
+FOLLOW_UPS = (
+    "Why is that?",
+    "Can you give me an example?",
+    "That is interesting. What else?",
+    "And how does {} come into it?",
+    "Put that into one simple sentence, please.",
+    "I am not sure I agree. What would you say against it?",
+    "Who would know more about this?",
 )
 
 
@@ -62,14 +85,14 @@ class Turn:
 
 
 def messages() -> Iterator[str]:
-    """Endless, and the same every time."""
-    number = 0
-    while True:
-        question = QUESTIONS[number % len(QUESTIONS)]
+    """Endless, and the same every time: a subject is opened, then asked about once or twice more."""
+    for number in itertools.count():
         first = SUBJECTS[number % len(SUBJECTS)]
         second = SUBJECTS[(7 * number + 3) % len(SUBJECTS)]
-        yield question.format(first, second)
-        number += 1
+        yield f"{OPENINGS[number % len(OPENINGS)].format(first, second)} {LENGTH}"
+        for follow_up in range(1 + number % 2):
+            question = FOLLOW_UPS[(number + 3 * follow_up) % len(FOLLOW_UPS)]
+            yield f"{question.format(second)} {LENGTH}"
 
 
 def replica_processes(home: Home) -> list[psutil.Process]:
@@ -175,7 +198,7 @@ def draw(turns: Sequence[Turn], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--turns", type=int, default=30)
-    parser.add_argument("--max-tokens", type=int, default=40, help="of each reply")
+    parser.add_argument("--max-tokens", type=int, default=160, help="of each reply")
     parser.add_argument("--url", default="", help="default: the service on this machine")
     parser.add_argument("--record", action="store_true", help="save JSON and plot")
     options = parser.parse_args()
@@ -191,11 +214,12 @@ def main() -> int:
         times = [process.cpu_times() for process in processes]
         return sum(one.user + one.system for one in times)
 
-    turns, samples = [], []
+    turns, samples = list[Turn](), list[dict[str, Any]]()
     every = max(1, options.turns // NUM_SAMPLES)
-    with ApiClient(url) as client:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also when started in the background
+    with ApiClient(url) as client, contextlib.suppress(KeyboardInterrupt):
         model = client.model()
-        conversation = client.post("/v1/conversations", {"system": "You give short answers."})
+        conversation = client.post("/v1/conversations", {"system": SYSTEM})
         shared = {"model": model, "conversation": conversation["id"], "seed": 1}
         shared |= {"max_tokens": options.max_tokens}
         texts = messages()
@@ -208,7 +232,7 @@ def main() -> int:
                 samples.append({"turn": reply.turn, "user": text, "assistant": reply.text})
     summary = summarise(turns)
     console.print_json(data={**summary, "samples": samples[-3:]})
-    if options.record or options.turns >= 1000:
+    if options.record or len(turns) >= 1000:
         rows = [asdict(turn) for turn in turns]
         result = {"model": model, "summary": summary, "samples": samples, "turns": rows}
         console.print(report.save("endurance", result))
