@@ -27,9 +27,10 @@ from engine.rotary import Rotary
 from engine.row_map import RowMap
 from engine.sampling import sample_rows
 from engine.step_inputs import pieces, place_spans, visible_chunk, visible_past
+from engine_build.graph import GRAPH_FILE
+from engine_build.manifest import SPEC
 from engine_build.spec import EngineSpec, SpecError
 
-GRAPH_FILE, SPEC_FILE = "graph.onnx", "spec.json"
 _CACHED_RUNS = 64
 _MIB = 2**20
 
@@ -71,7 +72,7 @@ class OnnxEngine:
         capacity: int | None = None,
         profile: Path | None = None,
     ) -> None:
-        spec = EngineSpec.from_json((engine_dir / SPEC_FILE).read_text(encoding="utf-8"))
+        spec = EngineSpec.from_json((engine_dir / SPEC).read_text(encoding="utf-8"))
         self._spec = spec if capacity is None else dataclasses.replace(spec, capacity=capacity)
         if threads < 1:
             raise SpecError("threads", f"{threads} is not positive", "Use 1 to the number of cores")
