@@ -166,9 +166,12 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class BeginTurn:
-    """A claim to run the next turn. `expect_turn` / `expect_head`, when given, must match the record.
+    """A claim to run a turn. `expect_turn` / `expect_head`, when given, must match the record.
 
-    `nonce` names the claim: sending the same claim again returns the same ownership.
+    `nonce` names the claim: sending the same claim again returns the same ownership. `key` names the
+    turn, whoever claims it: the client's idempotency key, or one made for the request ("" means the
+    nonce). `request_hash` tells one request from another under the same key. `steal` says that the
+    owner of a running turn of this key is gone: it is taken over before its lease ends.
     """
 
     conversation_id: str
@@ -180,23 +183,72 @@ class BeginTurn:
     expect_turn: int | None = None
     expect_head: str | None = None
     nonce: str = field(default_factory=new_nonce)
+    key: str = ""
+    request_hash: str = ""
+    steal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """What a successful `begin` returns: the fence, the record as of now, and how to rebuild its cache.
+    """STARTED or RESUME: the fence, the record as of now, and how to rebuild its cache.
 
-    `replay` ends where the committed conversation ends: it does not include this turn's input.
+    `replay` ends where the committed conversation ends: it does not include this turn's `input_ids`.
+    `output_ids` are what earlier owners of the turn have stored, int32; `attempt` is 0 for a new turn
+    and counts its takeovers since it last stored a token.
     """
 
     fence: Fence
     conversation: Conversation
     replay: ReplayLog
+    input_ids: TokenIds = field(default_factory=lambda: np.zeros(0, np.int32))
+    output_ids: TokenIds = field(default_factory=lambda: np.zeros(0, np.int32))
+    attempt: int = 0
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedTurn:
+    """DONE: the turn of this key was committed. `reply_ids` are its output without the closing ids,
+    int32; `head` and `turn` are those right after it, `result` is what its commit left."""
+
+    turn: int
+    head: str
+    reply_ids: TokenIds
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BusyTurn:
+    """BUSY: the turn of this key is running at `owner`, whose lease ends in `retry_after_s` unless
+    renewed. `output_ids` is what it has stored so far, int32."""
+
+    owner: str
+    turn: int
+    output_ids: TokenIds
+    retry_after_s: float
+
+
+Begun = Ownership | CommittedTurn | BusyTurn
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Output tokens `k`, `k` + 1, ... of a running turn, int32; none of them just renews the lease."""
+
+    conversation_id: str
+    tenant: str
+    fence: Fence
+    k: int
+    token_ids: TokenIds
+    lease_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class TurnCommit:
-    """The end of a turn. `messages` are appended to the transcript; `result` is small JSON (usage...)."""
+    """The end of a turn. `messages` are appended to the transcript; `result` is small JSON (usage...).
+
+    The first `reply_tokens` of `output_ids` are the reply, the rest closes it (None: all are reply).
+    """
 
     conversation_id: str
     tenant: str
@@ -206,3 +258,44 @@ class TurnCommit:
     history: str
     messages: tuple[Message, ...]
     result: dict[str, Any] = field(default_factory=dict)
+    reply_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rebase:
+    """The same conversation for another model, tokenizer or window: turn, hash and transcript stay,
+    token ids go; the next turn's input is the transcript, tokenised anew."""
+
+    conversation_id: str
+    tenant: str
+    expect_head: str
+    fingerprint: str
+    sink_tokens: int
+    window_tokens: int
+    replay_windows: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSnapshot:
+    """A running turn as its owner knows it: what `begin` stored and every acknowledged checkpoint."""
+
+    nonce: str
+    key: str
+    request_hash: str
+    input_ids: TokenIds
+    output_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What an owner knows in RAM, to bring back a store that lost its latest writes (`repair`).
+
+    `messages` are the transcript's last ones, the first of them at position `first_message`.
+    """
+
+    conversation: Conversation
+    replay: ReplayLog
+    replay_windows: int
+    messages: tuple[Message, ...]
+    first_message: int
+    running: RunningSnapshot | None = None

@@ -7,15 +7,23 @@ runs against every implementation.
 Every write may be repeated after a lost reply: the same `BeginTurn` returns the same ownership, the
 same `TurnCommit` the committed record, the same `create` the conversation as created.
 
+A store may restart and come back older than it was (it lost what it had acknowledged). It knows that it
+restarted: every answer it gave before is void, and for `recovery_s` only owners may write, to `repair` it
+from what they hold in RAM; meanwhile `begin` by anybody else is Recovering. `pulse` tells owners of it.
+
     StoreError
     |- NotFound            no such conversation for this tenant
     |- Conflict            another turn is running (retry after its lease)
     |- TurnConflict        expect_turn / expect_head is stale
     |- ModelChanged        the record belongs to another model, tokenizer or window
     |- Fenced              this owner has been replaced: show nothing, commit nothing
+    |- RolledBack          the store is older than what it acknowledged to this owner: repair it
+    |- KeyReused           the idempotency key came with another request before
+    |- Quarantined         the turn has lost too many owners without getting anywhere
     |- AlreadyExists       another conversation has this id
     |- TurnTooLong         the input exceeds what a record may hold
     `- StoreUnavailable    no answer, or out of memory: retry later
+       |- Recovering          it has restarted and waits for owners to repair it
        `- StoreVersionError   its function library is newer than this release
 """
 
@@ -28,11 +36,14 @@ from typing import Any, Protocol
 
 from cluster.conversation import (
     BeginTurn,
+    Begun,
+    Checkpoint,
     Conversation,
     Fence,
     Message,
     NewConversation,
-    Ownership,
+    Rebase,
+    Snapshot,
     TurnCommit,
 )
 
@@ -70,6 +81,18 @@ class Fenced(StoreError):
     """A later owner exists."""
 
 
+class RolledBack(StoreError):
+    """The store knows less than it acknowledged to this owner; `repair` brings it back."""
+
+
+class KeyReused(StoreError):
+    """Another request was made under this idempotency key."""
+
+
+class Quarantined(StoreError):
+    """The turn of this key was taken over too often without a token between: it is not run again."""
+
+
 class AlreadyExists(StoreError):
     """Another conversation has this id. Ids are random, so this is a mistake of the caller."""
 
@@ -85,6 +108,14 @@ class TurnTooLong(StoreError):
 
 class StoreUnavailable(StoreError):
     """The store gave no answer or refused for lack of memory."""
+
+
+class Recovering(StoreUnavailable):
+    """The store has restarted; until `retry_after_s` have passed only owners may write."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the store has restarted; retry after {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
 
 
 class StoreVersionError(StoreUnavailable):
@@ -160,26 +191,63 @@ class ConversationStore(Protocol):
         of the first one returned. The transcript keeps a bounded number of messages. Raises NotFound."""
         ...
 
-    async def begin(self, turn: BeginTurn) -> Ownership:
-        """Claim the next turn; stores the input ids before any work is done on them.
+    async def begin(self, turn: BeginTurn) -> Begun:
+        """Claim the next turn, or find out what became of it; stores the input ids before any work is
+        done on them. In this order:
 
-        A running turn whose lease has run out is taken over and forgotten. A claim (nonce) that has
-        ended cannot begin again: Fenced.
-        Raises NotFound, ModelChanged, TurnTooLong, TurnConflict, Conflict, Fenced.
+        - this claim already holds the conversation: the same Ownership again; it has ended: Fenced;
+        - the key was committed: CommittedTurn (KeyReused when the request differs);
+        - the key is running: KeyReused when the request differs, BusyTurn while its lease lasts, unless
+          `steal`; then it is taken over: Ownership with the tokens so far, or Quarantined when that
+          would be takeover number `max_attempts` in a row without a stored token. A quarantined key
+          stays so as long as its result would be remembered; the conversation is free again;
+        - the record is another model's: ModelChanged;
+        - `expect_turn` / `expect_head` are stale: TurnConflict;
+        - another key is running: Conflict while its lease lasts; later its turn is forgotten;
+        - Ownership of a new turn.
+
+        Raises NotFound, Fenced, KeyReused, Quarantined, ModelChanged, TurnTooLong, TurnConflict, Conflict,
+        Recovering.
+        """
+        ...
+
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
+        """Store output tokens of several running turns, and renew their leases, in one round trip.
+
+        One answer for each: None (stored), or NotFound, Fenced, RolledBack, StoreUnavailable. Tokens that
+        are stored already must be the same (Fenced otherwise); a gap before `k` is RolledBack.
         """
         ...
 
     async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
-        """Keep a running turn's lease alive. Raises NotFound, Fenced."""
+        """Keep a running turn's lease alive. Raises NotFound, Fenced, RolledBack."""
         ...
 
     async def commit(self, commit: TurnCommit) -> Conversation:
         """End the running turn: advance turn, token count, hash, replay ids and transcript, index its
-        history hash, keep the owner for affinity. Raises NotFound, Fenced."""
+        history hash, keep the owner for affinity, remember the reply under the turn's key.
+        Raises NotFound, Fenced, RolledBack."""
         ...
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:
         """End the running turn as if it had never begun; only the epoch stays. Raises NotFound, Fenced."""
+        ...
+
+    async def repair(self, snapshot: Snapshot) -> None:
+        """Put back what the store has lost of a conversation that the caller owned last.
+
+        Accepted when the snapshot is newer than the record by (epoch, turn, tokens of the running turn),
+        or the record is missing and was not deleted; repairing with what is stored already is no error.
+        Raises Fenced when the record is newer, NotFound when it was deleted."""
+        ...
+
+    async def rebase(self, rebase: Rebase) -> Conversation:
+        """Raises NotFound, TurnConflict (`expect_head` is stale), Conflict (a turn is running)."""
+        ...
+
+    async def pulse(self) -> str:
+        """Names this life of the store: another answer than last time means that it restarted.
+        A store of several servers answers for all of them."""
         ...
 
     async def delete(self, tenant: str, conversation_id: str) -> None:

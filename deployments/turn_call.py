@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.conversation import Message, TokenIds
 from deployments.errors import ErrorInfo
 from engine.protocol import FinishReason
 from engine.sampling import SamplingParams, TokenLogprob
 from engine.turn import Recovery
+
+OnDisconnect = Literal["cancel", "finish"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,12 @@ class TurnCall:
     `input_ids` is the template applied to this turn's new messages, up to where the reply starts.
     `history` is the transcript hash including `messages`. `owner_hint` is the owner in the record the
     ingress has just read ("" for none); only the router looks at it.
+
+    `key` names the turn across calls and `request_hash` what it asks for (see BeginTurn). A call with
+    the key of a running turn joins it; of one whose owner died (`steal` says that it did), resumes it;
+    of a committed one, gets its TurnDone again. `shown_ids` are output tokens that the client has been
+    shown already, int32: they are part of the reply, and tokens are sent from there on. `on_disconnect`
+    says what closing the generator does to a turn that nobody else has joined.
     """
 
     tenant: str
@@ -33,6 +42,11 @@ class TurnCall:
     expect_head: str | None = None
     owner_hint: str = ""
     timeout_s: float = 600.0
+    key: str = ""
+    request_hash: str = ""
+    steal: bool = False
+    shown_ids: tuple[int, ...] = ()
+    on_disconnect: OnDisconnect = "cancel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +97,11 @@ class TurnDone:
 
 @dataclass(frozen=True, slots=True)
 class TurnRefused:
-    """Last item of a turn that was not committed."""
+    """Last item of a turn that this call did not see committed. `resumable`: the turn and its tokens so
+    far are kept in the store; the same call with `steal` goes on with it at another replica."""
 
     error: ErrorInfo
+    resumable: bool = False
 
 
 TurnItem = TurnAccepted | TurnTokens | TurnDone | TurnRefused

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+
 from engine.protocol import FinishReason, TokenIds
 from engine.sampling import SamplingParams, TokenLogprob
 from engine.window import SinkWindow
@@ -50,6 +52,9 @@ class TurnRequest:
 
     A resident slot is valid when it was settled under the same `head` (the conversation's hash).
     `retained` is what penalties count before this turn's output: retained ids incl. this input, int32.
+    `output_ids` were sampled for this turn before, by an engine that is gone, int32: the segments end
+    with them, penalties count them, `max_tokens` includes them, and the next token is number
+    `len(output_ids)`.
     """
 
     conversation_id: str
@@ -64,6 +69,7 @@ class TurnRequest:
     max_tokens: int
     eos_ids: frozenset[int]
     stop: StopCheck | None = None
+    output_ids: TokenIds = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True, slots=True)
