@@ -27,6 +27,11 @@ class TurnCall:
     of a committed one, gets its TurnDone again. `shown_ids` are output tokens that the client has been
     shown already, int32: they are part of the reply, and tokens are sent from there on. `on_disconnect`
     says what closing the generator does to a turn that nobody else has joined.
+
+    `completion_id` and `created_s` (Unix time) name the reply: the replica keeps those of the call that
+    started the turn in the commit's `result`, under these names, and every TurnAccepted carries them, so
+    that all answers to one key are the same. `avoid` is a replica that was just seen dead ("" for none);
+    only the router looks at it.
     """
 
     tenant: str
@@ -47,15 +52,37 @@ class TurnCall:
     steal: bool = False
     shown_ids: tuple[int, ...] = ()
     on_disconnect: OnDisconnect = "cancel"
+    completion_id: str = ""
+    created_s: int = 0
+    avoid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FollowCall:
+    """Read the turn that `owner_hint` is running of this conversation, from its first token, whatever
+    its key: the same items as of a joined TurnCall. Claims nothing; closing it cancels nothing. Refused
+    (`replica_lost`) by a replica that runs no turn of it."""
+
+    tenant: str
+    conversation_id: str
+    owner_hint: str
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class TurnAccepted:
-    """First item: the replica owns the conversation and the turn is in its engine."""
+    """First item: the replica owns the conversation and the turn is in its engine, or was committed.
+
+    `completion_id`, `created_s` and `stop` are those of the call that started the turn ("", 0 and none
+    if that is not known here).
+    """
 
     turn: int
     replica: str
     recovery: Recovery
+    completion_id: str = ""
+    created_s: int = 0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from engine.protocol import FinishReason, TokenIds
 from engine.sampling import SamplingParams, TokenLogprob
 from engine.window import SinkWindow
 
-Recovery = Literal["none", "exact", "replay"]
+Recovery = Literal["none", "exact", "replay", "restart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Segment:
 class Prefill:
     """What to run before the first sampled token, in order; the last segment ends with the input.
 
-    `recovery` says how the cache was come by; `window_start` is the oldest window token_index that is
+    `recovery` says how the cache was come by (`restart`: the model changed, and the input is the
+    transcript tokenised anew); `window_start` is the oldest window token_index that is
     present (see `engine.protocol.Row`). Where the first segment goes on after the resident tokens, the
     loop knows better and uses the slot's own.
     """
