@@ -6,8 +6,9 @@ A turn is a list of segments to prefill and then decodes, one token a step, unti
                                             first sample ^
 
 Every decoding turn is in every step. Prefills share what is left of the token budget, one chunk each,
-in the order in which they last had one: a long replay neither stalls running turns nor blocks the
-short prompts behind it.
+the one with the least left to prefill first: a short prompt overtakes the replays that a lost replica
+left behind, and of many replays the first are done long before the last. Every `PATIENCE`-th step
+the one that has waited longest goes first instead, so that short prompts without end starve nobody.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+PATIENCE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,10 @@ class Share:
 
 @dataclass(slots=True)
 class _Prefill:
+    """`left` tokens are still to be handed out, from `offset` of number `segment` on."""
+
     segments: tuple[int, ...]
+    left: int
     segment: int = 0
     offset: int = 0
 
@@ -61,7 +67,9 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._prefills: dict[int, _Prefill] = {}
+        # In the order in which they last had a chunk, or came.
         self._queue: deque[int] = deque()
+        self._num_prefill_steps = 0
         self._decodes: dict[int, None] = {}
 
     @property
@@ -83,7 +91,7 @@ class Scheduler:
             raise ValueError(f"{self.num_running} turns run already")
         if not segments or min(segments) < 1:
             raise ValueError("a turn needs at least one segment, and no segment may be empty")
-        self._prefills[turn] = _Prefill(tuple(segments))
+        self._prefills[turn] = _Prefill(tuple(segments), sum(segments))
         self._queue.append(turn)
 
     def remove(self, turn: int) -> None:
@@ -104,22 +112,33 @@ class Scheduler:
         """
         shares = [Share(turn, -1, 0, 1, samples=True) for turn in self._decodes]
         budget = self._config.token_budget - len(shares)
-        for place in range(len(self._queue)):
-            turn = self._queue[0]
+        for place, turn in enumerate(self._in_order()):
             prefill = self._prefills[turn]
-            left = prefill.segments[prefill.segment] - prefill.offset
-            count = min(left, self._config.max_chunk)
+            in_segment = prefill.segments[prefill.segment] - prefill.offset
+            count = min(in_segment, self._config.max_chunk)
             if count > budget and place > 0:
                 break
-            self._queue.popleft()
             count = min(count, budget)
             budget -= count
             shares.append(self._advance(turn, prefill, count))
         return shares
 
+    def _in_order(self) -> list[int]:
+        """The prefilling turns, who goes first first."""
+        ordered = sorted(self._queue, key=lambda turn: self._prefills[turn].left)
+        if ordered:
+            self._num_prefill_steps += 1
+            if self._num_prefill_steps % PATIENCE == 0:
+                oldest = self._queue[0]
+                ordered.remove(oldest)
+                ordered.insert(0, oldest)
+        return ordered
+
     def _advance(self, turn: int, prefill: _Prefill, count: int) -> Share:
         segment, offset = prefill.segment, prefill.offset
         prefill.offset += count
+        prefill.left -= count
+        self._queue.remove(turn)
         if prefill.offset == prefill.segments[segment]:
             prefill.segment, prefill.offset = segment + 1, 0
         done = prefill.segment == len(prefill.segments)
@@ -141,3 +160,5 @@ class Scheduler:
         for turn, prefill in self._prefills.items():
             if not 0 <= prefill.offset < prefill.segments[prefill.segment]:
                 raise RuntimeError(f"turn {turn} prefills outside its segment")
+            if prefill.left != sum(prefill.segments[prefill.segment :]) - prefill.offset:
+                raise RuntimeError(f"turn {turn} has miscounted what it has left")
