@@ -97,6 +97,10 @@ class ReplayLog:
         """Whether no token lies between the sinks and the recent ids: replay is then exact."""
         return self.recent_start <= len(self.sink_ids)
 
+    def holds(self, token_index: int) -> bool:
+        """Whether all tokens from `token_index` on are in the log."""
+        return self.is_whole or token_index >= self.recent_start
+
 
 @dataclass(frozen=True, slots=True)
 class Fence:
@@ -220,7 +224,8 @@ class CommittedTurn:
 @dataclass(frozen=True, slots=True)
 class BusyTurn:
     """BUSY: the turn of this key is running at `owner`, whose lease ends in `retry_after_s` unless
-    renewed. `output_ids` is what it has stored so far, int32."""
+    renewed. `turn` is the number it will have once committed, `output_ids` what it has stored so far,
+    int32."""
 
     owner: str
     turn: int
@@ -276,21 +281,47 @@ class Rebase:
 
 
 @dataclass(frozen=True, slots=True)
+class RememberedTurn:
+    """What is kept of a turn under its key: a committed one, or one that was given up (`quarantined`).
+
+    `turn` and `head` are those right after it; its reply, `reply_ids`, starts at token_index
+    `reply_start`.
+    """
+
+    key: str
+    request_hash: str
+    turn: int
+    head: str
+    reply_start: int
+    reply_ids: TokenIds
+    result: dict[str, Any]
+    quarantined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RunningSnapshot:
-    """A running turn as its owner knows it: what `begin` stored and every acknowledged checkpoint."""
+    """A running turn as its owner knows it: what `begin` stored and every acknowledged checkpoint.
+
+    `key` is never empty: it is the nonce where the claim had none. The fence's epoch is the
+    conversation's.
+    """
 
     nonce: str
     key: str
     request_hash: str
     input_ids: TokenIds
     output_ids: TokenIds
+    lease_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What an owner knows in RAM, to bring back a store that lost its latest writes (`repair`).
 
-    `messages` are the transcript's last ones, the first of them at position `first_message`.
+    `conversation` is the record as the owner saw it last: of a running turn as `begin` answered it, else
+    as `commit` did. `messages` are the transcript's last ones, the first of them at position
+    `first_message`. `results` are the last turns it committed, newest first, so that a request sent
+    again finds its reply also when the store has forgotten it.
     """
 
     conversation: Conversation
@@ -299,3 +330,4 @@ class Snapshot:
     messages: tuple[Message, ...]
     first_message: int
     running: RunningSnapshot | None = None
+    results: tuple[RememberedTurn, ...] = ()

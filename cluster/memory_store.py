@@ -4,71 +4,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
 from cluster.conversation import (
-    GENESIS,
     BeginTurn,
+    Begun,
+    BusyTurn,
+    Checkpoint,
+    CommittedTurn,
     Conversation,
     Fence,
     Message,
     NewConversation,
     Ownership,
+    Rebase,
+    RememberedTurn,
     ReplayLog,
-    TokenIds,
+    Snapshot,
     TurnCommit,
+    new_nonce,
 )
+from cluster.memory_record import NO_IDS, Record, RunningTurn, repaired
 from cluster.store import (
     AlreadyExists,
     Conflict,
     Fenced,
     HistoryMatch,
+    KeyReused,
     ModelChanged,
     NotFound,
+    Quarantined,
+    Recovering,
+    RolledBack,
+    StoreError,
     StoreLimits,
     TurnConflict,
 )
-
-NO_IDS: TokenIds = np.empty(0, dtype=np.int32)
-
-
-@dataclass(slots=True)
-class RunningTurn:
-    """A turn between begin and commit or abort."""
-
-    fence: Fence
-    replica: str
-    input_ids: TokenIds
-    lease_from_s: float
-    lease_until_s: float
-
-    def is_live(self, now_s: float) -> bool:
-        """Whether the lease holds. A clock that went back before its start voids it."""
-        return self.lease_from_s <= now_s < self.lease_until_s
-
-
-@dataclass(slots=True)
-class Record:
-    """All that is kept of one conversation."""
-
-    new: NewConversation
-    history: str
-    created_s: float
-    updated_s: float
-    expires_s: float
-    turn: int = 0
-    head: str = GENESIS
-    owner: str = ""
-    epoch: int = 0
-    replay: ReplayLog = field(default_factory=lambda: ReplayLog(NO_IDS, NO_IDS, 0))
-    running: RunningTurn | None = None
-    ended: tuple[Fence, Literal["commit", "abort"]] | None = None
-    result: dict[str, Any] = field(default_factory=dict)
-    transcript: list[Message] = field(default_factory=list)
-    transcript_start: int = 0
 
 
 class MemoryStore:
@@ -80,27 +54,42 @@ class MemoryStore:
         self._limits = limits or StoreLimits()
         self._clock = clock
         self._records: dict[str, Record] = {}
+        self._tombstones: dict[str, tuple[int, float]] = {}
         self._histories: dict[tuple[str, str], tuple[HistoryMatch, Record]] = {}
+        self._life = new_nonce()
+        self._recovered_s = 0.0
+
+    def restart(self) -> None:
+        """What a server does that dies and comes back: a new life, and time for owners to repair it."""
+        self._life = new_nonce()
+        self._recovered_s = self._clock() + self._limits.recovery_s
 
     async def create(self, new: NewConversation) -> Conversation:
         self._limits.check_metadata(new.metadata)
         now_s = self._clock()
         known = self._find(new.conversation_id)
         if known is not None:
-            if known.new != new or known.epoch:
+            if known.new != new or known.epoch != known.first_epoch:
                 raise AlreadyExists(new.conversation_id)
-            return self._view(known)
-        record = Record(new, new.history, now_s, now_s, now_s + self._limits.ttl_s)
-        self._append(record, new.messages)
+            return known.view(now_s)
+        # Above every epoch of an earlier life, so that nobody of then can write or repair.
+        epoch = self._tombstone(new.conversation_id) + 1
+        record = Record(
+            *(new, new.history, now_s, now_s, now_s + self._limits.ttl_s),
+            epoch=epoch,
+            first_epoch=epoch,
+        )
+        record.append(new.messages, self._limits)
+        self._tombstones.pop(new.conversation_id, None)
         self._records[new.conversation_id] = record
-        return self._view(record)
+        return record.view(now_s)
 
     async def get(self, tenant: str, conversation_id: str) -> Conversation:
-        return self._view(self._owned(tenant, conversation_id))
+        return self._owned(tenant, conversation_id).view(self._clock())
 
     async def list(self, tenant: str, limit: int = 20, after: str = "") -> Sequence[Conversation]:
         newest_first = [
-            self._view(record)
+            record.view(self._clock())
             for conversation_id in reversed(list(self._records))
             if (record := self._find(conversation_id)) and record.new.tenant == tenant
         ]
@@ -120,54 +109,118 @@ class MemoryStore:
         first = max(oldest, end - limit)
         return first, record.transcript[first - oldest : end - oldest]
 
-    async def begin(self, turn: BeginTurn) -> Ownership:
-        self._limits.check_input(len(turn.input_ids))
+    async def begin(self, turn: BeginTurn) -> Begun:
+        self._limits.check_claim(turn)
         record = self._owned(turn.tenant, turn.conversation_id)
-        now_s = self._clock()
-        if record.new.fingerprint != turn.fingerprint:
-            raise ModelChanged(turn.conversation_id)
+        self._check_recovered()
+        key, running = turn.key or turn.nonce, record.running
+        if running and running.fence.nonce == turn.nonce:
+            return self._ownership(record, running, turn.lease_s)
         if record.ended and record.ended[0].nonce == turn.nonce:
             raise Fenced(turn.conversation_id)
-        running = record.running
-        if running is None or running.fence.nonce != turn.nonce:
-            self._check_expected(record, turn)
-            if running and running.is_live(now_s):
-                raise Conflict(running.lease_until_s - now_s)
-            record.epoch = self._next_epoch(record, now_s)
-            fence = Fence(record.epoch, turn.nonce)
-            running = RunningTurn(fence, turn.replica, turn.input_ids, now_s, now_s)
-            record.running = running
-        self._extend_lease(record, running, turn.lease_s)
-        return Ownership(running.fence, self._view(record), record.replay)
+        known = record.remembered(key)
+        if known is not None:
+            self._check_request(turn, known.request_hash)
+            if known.quarantined:
+                raise Quarantined(turn.conversation_id)
+            return CommittedTurn(known.turn, known.head, known.reply_ids, dict(known.result))
+        live = running is not None and running.is_live(self._clock())
+        if running and running.key == key:
+            self._check_request(turn, running.request_hash)
+            if live and not turn.steal:
+                return self._busy(record, running)
+            self._check_model(record, turn)
+            return self._take_over(record, running, turn)
+        self._check_model(record, turn)
+        self._check_expected(record, turn)
+        if running and live:
+            raise Conflict(running.lease_until_s - self._clock())
+        fence = self._next_fence(record, turn.nonce)
+        started = RunningTurn(fence, turn.replica, key, turn.request_hash, turn.input_ids)
+        return self._ownership(record, started, turn.lease_s)
+
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
+        return [self._checkpointed(one) for one in batch]
 
     async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
-        record = self._owned(tenant, conversation_id)
+        record = self._written(tenant, conversation_id)
         self._extend_lease(record, self._fenced(record, fence), lease_s)
 
     async def commit(self, commit: TurnCommit) -> Conversation:
         self._limits.check_result(commit.result)
-        record = self._owned(commit.tenant, commit.conversation_id)
+        record = self._written(commit.tenant, commit.conversation_id)
         if record.ended != (commit.fence, "commit"):
             running = self._fenced(record, commit.fence)
+            if not running.agrees(commit.output_ids):
+                raise Fenced(commit.conversation_id)
+            reply_start = record.replay.token_count + len(running.input_ids)
             self._advance(record, running, commit)
             record.turn += 1
             record.head, record.history = commit.head, commit.history
             record.owner, record.result = running.replica, commit.result
             record.updated_s = self._clock()
-            self._append(record, commit.messages)
+            record.append(commit.messages, self._limits)
             self._end(record, commit.fence, "commit")
-        match = HistoryMatch(commit.conversation_id, record.turn)
-        self._histories[commit.tenant, record.history] = match, record
-        return self._view(record)
+            reply_ids = commit.output_ids[: commit.reply_tokens].astype(np.int32)
+            result = RememberedTurn(
+                *(running.key, running.request_hash, record.turn, record.head),
+                *(reply_start, reply_ids, commit.result),
+            )
+            self._remember(record, result)
+        self._index(record)
+        return record.view(self._clock())
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:
-        record = self._owned(tenant, conversation_id)
+        record = self._written(tenant, conversation_id)
         if record.ended != (fence, "abort"):
             self._fenced(record, fence)
             self._end(record, fence, "abort")
 
+    async def repair(self, snapshot: Snapshot) -> None:
+        last = snapshot.conversation
+        known = self._find(last.conversation_id)
+        expired = last.updated_s + self._limits.ttl_s <= self._clock() and not snapshot.running
+        if known is None and (expired or self._tombstone(last.conversation_id) >= 0):
+            raise NotFound(last.conversation_id)
+        if known and known.new.tenant != last.tenant:
+            raise NotFound(last.conversation_id)
+        record = repaired(snapshot, known, self._clock(), self._limits)
+        if known and known.rank() > record.rank():
+            raise Fenced(last.conversation_id)
+        if known is None or known.rank() < record.rank():
+            self._records[last.conversation_id] = record
+            if record.turn:
+                self._index(record)
+
+    async def rebase(self, rebase: Rebase) -> Conversation:
+        record = self._owned(rebase.tenant, rebase.conversation_id)
+        self._check_recovered()
+        now_s = self._clock()
+        if record.head != rebase.expect_head:
+            raise TurnConflict(record.turn, record.head)
+        new = replace(
+            record.new,
+            fingerprint=rebase.fingerprint,
+            sink_tokens=rebase.sink_tokens,
+            window_tokens=rebase.window_tokens,
+            replay_windows=rebase.replay_windows,
+        )
+        if new != record.new:
+            if record.running and record.running.is_live(now_s):
+                raise Conflict(record.running.lease_until_s - now_s)
+            record.new, record.running, record.owner = new, None, ""
+            record.replay = ReplayLog(NO_IDS, NO_IDS, 0)
+            record.epoch = self._next_epoch(record, now_s)
+            record.expires_s = now_s + self._limits.ttl_s
+            record.prune(self._limits)
+        return record.view(now_s)
+
+    async def pulse(self) -> str:
+        return self._life
+
     async def delete(self, tenant: str, conversation_id: str) -> None:
-        self._owned(tenant, conversation_id)
+        record = self._owned(tenant, conversation_id)
+        self._tombstones[conversation_id] = record.epoch, self._clock() + self._limits.ttl_s
         del self._records[conversation_id]
 
     async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
@@ -180,6 +233,8 @@ class MemoryStore:
     async def close(self) -> None:
         pass
 
+    # --- finding records --------------------------------------------------------------------------
+
     def _find(self, conversation_id: str) -> Record | None:
         record = self._records.get(conversation_id)
         if record and record.expires_s <= self._clock():
@@ -187,16 +242,96 @@ class MemoryStore:
             return None
         return record
 
+    def _tombstone(self, conversation_id: str) -> int:
+        """The epoch that a deleted conversation had, or -1."""
+        epoch, expires_s = self._tombstones.get(conversation_id, (-1, 0.0))
+        return epoch if expires_s > self._clock() else -1
+
     def _owned(self, tenant: str, conversation_id: str) -> Record:
+        """For clients: what is missing may have been lost, and is about to come back."""
         record = self._find(conversation_id)
-        if record is None or record.new.tenant != tenant:
-            raise NotFound(conversation_id)
-        return record
+        if record and record.new.tenant == tenant:
+            return record
+        if self._tombstone(conversation_id) < 0:
+            self._check_recovered()
+        raise NotFound(conversation_id)
+
+    def _written(self, tenant: str, conversation_id: str) -> Record:
+        """For owners: what is missing and was not deleted is lost."""
+        record = self._find(conversation_id)
+        if record and record.new.tenant == tenant:
+            return record
+        if self._tombstone(conversation_id) < 0:
+            raise RolledBack(conversation_id)
+        raise NotFound(conversation_id)
+
+    # --- checks -----------------------------------------------------------------------------------
+
+    def _check_recovered(self) -> None:
+        remaining_s = self._recovered_s - self._clock()
+        if remaining_s > 0:
+            raise Recovering(remaining_s)
+
+    def _check_request(self, turn: BeginTurn, request_hash: str) -> None:
+        if turn.request_hash != request_hash:
+            raise KeyReused(turn.conversation_id)
+
+    def _check_model(self, record: Record, turn: BeginTurn) -> None:
+        if record.new.fingerprint != turn.fingerprint:
+            raise ModelChanged(turn.conversation_id)
 
     def _check_expected(self, record: Record, turn: BeginTurn) -> None:
         turn_is_stale = turn.expect_turn not in (None, record.turn)
         if turn_is_stale or turn.expect_head not in (None, record.head):
             raise TurnConflict(record.turn, record.head)
+
+    def _fenced(self, record: Record, fence: Fence) -> RunningTurn:
+        if record.running and record.running.fence == fence:
+            return record.running
+        if fence.epoch > record.epoch:
+            raise RolledBack(record.new.conversation_id)
+        raise Fenced(record.new.conversation_id)
+
+    # --- claims -----------------------------------------------------------------------------------
+
+    def _busy(self, record: Record, running: RunningTurn) -> BusyTurn:
+        remaining_s = running.lease_until_s - self._clock()
+        return BusyTurn(running.replica, record.turn + 1, running.output_ids, remaining_s)
+
+    def _take_over(self, record: Record, running: RunningTurn, turn: BeginTurn) -> Ownership:
+        if running.attempts + 1 >= self._limits.max_attempts:
+            self._end(record, running.fence, "abort")
+            given_up = RememberedTurn(
+                *(running.key, running.request_hash, record.turn, record.head, 0, NO_IDS, {}),
+                quarantined=True,
+            )
+            self._remember(record, given_up)
+            raise Quarantined(turn.conversation_id)
+        taken = replace(
+            running,
+            fence=self._next_fence(record, turn.nonce),
+            replica=turn.replica,
+            attempts=running.attempts + 1,
+            resumed=True,
+        )
+        return self._ownership(record, taken, turn.lease_s)
+
+    def _ownership(self, record: Record, running: RunningTurn, lease_s: float) -> Ownership:
+        record.running = running
+        self._extend_lease(record, running, lease_s)
+        return Ownership(
+            fence=running.fence,
+            conversation=record.view(self._clock()),
+            replay=record.replay,
+            input_ids=running.input_ids,
+            output_ids=running.output_ids,
+            attempt=running.attempts,
+            resumed=running.resumed,
+        )
+
+    def _next_fence(self, record: Record, nonce: str) -> Fence:
+        record.epoch = self._next_epoch(record, self._clock())
+        return Fence(record.epoch, nonce)
 
     def _next_epoch(self, record: Record, now_s: float) -> int:
         return max(record.epoch + 1, int(now_s * 1e6))
@@ -206,10 +341,29 @@ class MemoryStore:
         running.lease_until_s = running.lease_from_s + lease_s
         record.expires_s = running.lease_until_s + self._limits.ttl_s
 
-    def _fenced(self, record: Record, fence: Fence) -> RunningTurn:
-        if record.running is None or record.running.fence != fence:
-            raise Fenced(record.new.conversation_id)
-        return record.running
+    # --- running turns ----------------------------------------------------------------------------
+
+    def _checkpointed(self, one: Checkpoint) -> StoreError | None:
+        try:
+            record = self._written(one.tenant, one.conversation_id)
+            self._store_tokens(record, self._fenced(record, one.fence), one)
+        except StoreError as error:
+            return error
+        return None
+
+    def _store_tokens(self, record: Record, running: RunningTurn, one: Checkpoint) -> None:
+        stored = len(running.output_ids)
+        if one.k > stored:
+            raise RolledBack(one.conversation_id)
+        if not running.agrees(one.token_ids, one.k):
+            raise Fenced(one.conversation_id)
+        fresh = one.token_ids[stored - one.k :].astype(np.int32)
+        if len(fresh):
+            running.output_ids = np.concatenate([running.output_ids, fresh])
+            running.attempts = 0
+        now_s = self._clock()
+        if not running.is_live(now_s) or running.lease_until_s - now_s < 0.75 * one.lease_s:
+            self._extend_lease(record, running, one.lease_s)
 
     def _advance(self, record: Record, running: RunningTurn, commit: TurnCommit) -> None:
         ids = np.concatenate([running.input_ids, commit.output_ids]).astype(np.int32)
@@ -221,32 +375,15 @@ class MemoryStore:
         record.ended = (fence, how)
         record.expires_s = self._clock() + self._limits.ttl_s
 
-    def _append(self, record: Record, messages: tuple[Message, ...]) -> None:
-        kept = record.transcript
-        kept.extend(messages)
-        size = sum(len(message.encode()) for message in kept)
-        while len(kept) > self._limits.transcript_messages or size > self._limits.transcript_bytes:
-            size -= len(kept.pop(0).encode())
-            record.transcript_start += 1
+    def _remember(self, record: Record, result: RememberedTurn) -> None:
+        record.remember(result, self._limits)
 
-    def _view(self, record: Record) -> Conversation:
-        new, running = record.new, record.running
-        live = running if running and running.is_live(self._clock()) else None
-        return Conversation(
-            conversation_id=new.conversation_id,
-            tenant=new.tenant,
-            fingerprint=new.fingerprint,
-            sink_tokens=new.sink_tokens,
-            window_tokens=new.window_tokens,
-            turn=record.turn,
-            token_count=record.replay.token_count,
-            head=record.head,
-            history=record.history,
-            owner=live.replica if live else record.owner,
-            epoch=record.epoch,
-            running=live is not None,
-            created_s=record.created_s,
-            updated_s=record.updated_s,
-            metadata=dict(new.metadata),
-            result=dict(record.result),
-        )
+    def _index(self, record: Record) -> None:
+        """A conversation has one entry, that of its last commit."""
+        tenant = record.new.tenant
+        _, holder = self._histories.get((tenant, record.indexed), (None, None))
+        if holder is record and record.indexed != record.history:
+            del self._histories[tenant, record.indexed]
+        record.indexed = record.history
+        match = HistoryMatch(record.new.conversation_id, record.turn)
+        self._histories[tenant, record.history] = match, record

@@ -118,7 +118,7 @@ class RedisStore:
         return first, [Message.decode(message) for message in messages]
 
     async def begin(self, turn: BeginTurn) -> Ownership:
-        self._limits.check_input(len(turn.input_ids))
+        self._limits.check_claim(turn)
         view, sinks, recent = await self._call(
             "begin",
             _keys(turn.conversation_id),

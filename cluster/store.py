@@ -7,9 +7,12 @@ runs against every implementation.
 Every write may be repeated after a lost reply: the same `BeginTurn` returns the same ownership, the
 same `TurnCommit` the committed record, the same `create` the conversation as created.
 
-A store may restart and come back older than it was (it lost what it had acknowledged). It knows that it
-restarted: every answer it gave before is void, and for `recovery_s` only owners may write, to `repair` it
-from what they hold in RAM; meanwhile `begin` by anybody else is Recovering. `pulse` tells owners of it.
+A store may restart and come back older than it was: it lost what it had acknowledged. It knows that it
+restarted, and for `recovery_s` only owners may write, to `repair` it from what they hold in RAM: `begin`
+and `rebase` are Recovering, for everybody (the owner that an older record names may not be the last),
+and so is a conversation that is missing, unless it was deleted. `pulse` tells owners of the restart. A
+write under a fence goes on where the store still knows the claim and is RolledBack where it does not;
+it is Fenced only when a later owner exists.
 
     StoreError
     |- NotFound            no such conversation for this tenant
@@ -43,6 +46,7 @@ from cluster.conversation import (
     Message,
     NewConversation,
     Rebase,
+    RememberedTurn,
     Snapshot,
     TurnCommit,
 )
@@ -124,20 +128,30 @@ class StoreVersionError(StoreUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """What keeps a conversation's state bounded. A record is at most
+    """What keeps a conversation's state bounded. A record's ids and texts take at most
 
-    4 * (S + replay_windows * R + input_tokens) + metadata_bytes + result_bytes + 2 KiB bytes,
+    4 * (S + replay_windows * R + input_tokens + output_tokens)       replay, running turn
+      + metadata_bytes + results_bytes + 3 KiB                        the rest
 
-    86 KiB at capacity 2048 with 4 windows; the transcript has its own limits. A conversation is
-    forgotten `ttl_s` after its last turn.
+    bytes: 93 KiB at capacity 2048 with 4 windows, which the server keeps in less than 100 KiB. (A window
+    too small to hold a reply adds 4 * output_tokens for the newest one, but then the replay ids take
+    less than that.) The transcript has its own limits. A conversation is forgotten `ttl_s` after its
+    last turn; an older result when `results_bytes` are full or its reply leaves the replay ids.
     """
 
     ttl_s: float = 30 * 24 * 3600.0
-    input_tokens: int = 8192
-    metadata_bytes: int = 16 * 1024
-    result_bytes: int = 4 * 1024
+    input_tokens: int = 8000
+    output_tokens: int = 4096
+    metadata_bytes: int = 10_000
+    result_bytes: int = 1024
+    results_bytes: int = 3000
+    key_bytes: int = 256
     transcript_messages: int = 1000
     transcript_bytes: int = 1024 * 1024
+    max_attempts: int = 2
+    """Runs of a turn in a row that store no token."""
+    recovery_s: float = 2.5
+    """After a restart, before others than owners may write."""
 
     def check_metadata(self, metadata: dict[str, str]) -> bytes:
         """The JSON to store. Raises ValueError when it is too large."""
@@ -147,14 +161,26 @@ class StoreLimits:
         """The JSON to store. Raises ValueError when it is too large."""
         return _bounded_json("result", result, self.result_bytes)
 
-    def check_input(self, tokens: int) -> None:
-        """Raises TurnTooLong."""
-        if tokens > self.input_tokens:
-            raise TurnTooLong(tokens, self.input_tokens)
+    def check_claim(self, turn: BeginTurn) -> None:
+        """Raises TurnTooLong; ValueError when the key or the request's hash is too long."""
+        if len(turn.input_ids) > self.input_tokens:
+            raise TurnTooLong(len(turn.input_ids), self.input_tokens)
+        for name, text in (("key", turn.key), ("request_hash", turn.request_hash)):
+            if len(text.encode()) > self.key_bytes:
+                raise ValueError(f"{name} takes more than {self.key_bytes} bytes")
+
+    def size_of(self, result: RememberedTurn) -> int:
+        """What a remembered turn counts against `results_bytes`; its reply is among the replay ids."""
+        names = len(result.key.encode()) + len(result.request_hash.encode())
+        return len(_json(result.result)) + names + 100
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
 
 
 def _bounded_json(name: str, value: dict[str, Any], limit: int) -> bytes:
-    data = json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
+    data = _json(value)
     if len(data) > limit:
         raise ValueError(f"{name} takes {len(data)} bytes as JSON, at most {limit} are stored")
     return data
@@ -172,11 +198,13 @@ class ConversationStore(Protocol):
     """Durable, bounded conversation state. All methods may raise StoreUnavailable."""
 
     async def create(self, new: NewConversation) -> Conversation:
-        """Store an empty conversation (turn 0, no owner). Raises AlreadyExists."""
+        """Store an empty conversation (turn 0, no owner), also while the store recovers: the repair of
+        a conversation that the store has lost goes before one that nobody has begun.
+        Raises AlreadyExists."""
         ...
 
     async def get(self, tenant: str, conversation_id: str) -> Conversation:
-        """Raises NotFound."""
+        """Raises NotFound, Recovering."""
         ...
 
     async def list(self, tenant: str, limit: int = 20, after: str = "") -> Sequence[Conversation]:
@@ -188,19 +216,24 @@ class ConversationStore(Protocol):
         self, tenant: str, conversation_id: str, limit: int = 100, before: int | None = None
     ) -> tuple[int, Sequence[Message]]:
         """The last `limit` messages before position `before` (default: the end) and the position
-        of the first one returned. The transcript keeps a bounded number of messages. Raises NotFound."""
+        of the first one returned. The transcript keeps a bounded number of messages.
+        Raises NotFound, Recovering."""
         ...
 
     async def begin(self, turn: BeginTurn) -> Begun:
         """Claim the next turn, or find out what became of it; stores the input ids before any work is
         done on them. In this order:
 
-        - this claim already holds the conversation: the same Ownership again; it has ended: Fenced;
-        - the key was committed: CommittedTurn (KeyReused when the request differs);
+        - the store has restarted and owners are repairing it: Recovering;
+        - this claim already holds the conversation: the same Ownership again; it was the last to end:
+          Fenced;
+        - the key was committed: CommittedTurn (KeyReused when the request differs), or given up:
+          Quarantined, as long as its result is remembered;
         - the key is running: KeyReused when the request differs, BusyTurn while its lease lasts, unless
-          `steal`; then it is taken over: Ownership with the tokens so far, or Quarantined when that
-          would be takeover number `max_attempts` in a row without a stored token. A quarantined key
-          stays so as long as its result would be remembered; the conversation is free again;
+          `steal`; then it is taken over (ModelChanged for another model): Ownership with the stored
+          input and the tokens so far, whatever was expected, or Quarantined when that would be
+          takeover number `max_attempts` in a row without a stored token; the conversation is then
+          free again;
         - the record is another model's: ModelChanged;
         - `expect_turn` / `expect_head` are stale: TurnConflict;
         - another key is running: Conflict while its lease lasts; later its turn is forgotten;
@@ -214,35 +247,40 @@ class ConversationStore(Protocol):
     async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
         """Store output tokens of several running turns, and renew their leases, in one round trip.
 
-        One answer for each: None (stored), or NotFound, Fenced, RolledBack, StoreUnavailable. Tokens that
-        are stored already must be the same (Fenced otherwise); a gap before `k` is RolledBack.
+        One answer for each: None (stored), or NotFound (deleted), Fenced, RolledBack, StoreUnavailable.
+        Tokens that are stored already must be the same (Fenced otherwise); a gap before `k` is
+        RolledBack. The lease is written anew once a quarter of it is used up.
         """
         ...
 
     async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
-        """Keep a running turn's lease alive. Raises NotFound, Fenced, RolledBack."""
+        """Keep a running turn's lease alive. Raises NotFound (deleted), Fenced, RolledBack."""
         ...
 
     async def commit(self, commit: TurnCommit) -> Conversation:
         """End the running turn: advance turn, token count, hash, replay ids and transcript, index its
-        history hash, keep the owner for affinity, remember the reply under the turn's key.
-        Raises NotFound, Fenced, RolledBack."""
+        history hash in place of the last one, keep the owner for affinity, remember the reply under
+        the turn's key. Raises NotFound (deleted), RolledBack, Fenced (also when the output contradicts
+        what is stored of it)."""
         ...
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:
-        """End the running turn as if it had never begun; only the epoch stays. Raises NotFound, Fenced."""
+        """End the running turn as if it had never begun; only the epoch stays.
+        Raises NotFound (deleted), Fenced, RolledBack."""
         ...
 
     async def repair(self, snapshot: Snapshot) -> None:
         """Put back what the store has lost of a conversation that the caller owned last.
 
-        Accepted when the snapshot is newer than the record by (epoch, turn, tokens of the running turn),
-        or the record is missing and was not deleted; repairing with what is stored already is no error.
-        Raises Fenced when the record is newer, NotFound when it was deleted."""
+        Accepted when the snapshot is newer than the record by (epoch, turn, tokens of the running turn;
+        an ended turn is newer than a running one), or the record is missing and was not deleted;
+        repairing with what is stored already is no error. Results that only the store knows stay.
+        Raises Fenced when the record is newer, NotFound when it was deleted or has expired."""
         ...
 
     async def rebase(self, rebase: Rebase) -> Conversation:
-        """Raises NotFound, TurnConflict (`expect_head` is stale), Conflict (a turn is running)."""
+        """Raises NotFound, TurnConflict (`expect_head` is stale), Conflict (a turn is running),
+        Recovering."""
         ...
 
     async def pulse(self) -> str:
@@ -251,11 +289,12 @@ class ConversationStore(Protocol):
         ...
 
     async def delete(self, tenant: str, conversation_id: str) -> None:
-        """Forget the conversation, running turn included. Raises NotFound."""
+        """Forget the conversation, running turn included; nobody can `repair` it. The same id may be
+        created again. Raises NotFound, Recovering."""
         ...
 
     async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
-        """The conversation that had this transcript, and after which turn, if it still exists.
+        """The conversation whose transcript was this after its last indexed turn, if it still exists.
         It may have moved on since. When two had the same transcript, the later commit counts."""
         ...
 

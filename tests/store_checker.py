@@ -17,6 +17,7 @@ import numpy as np
 from cluster.conversation import (
     GENESIS,
     BeginTurn,
+    CommittedTurn,
     Conversation,
     Fence,
     Message,
@@ -34,6 +35,7 @@ from cluster.store import (
     HistoryMatch,
     ModelChanged,
     NotFound,
+    RolledBack,
     StoreError,
     TurnConflict,
 )
@@ -57,6 +59,7 @@ class Life:
     turns: list[tuple[TokenIds, TokenIds]] = field(default_factory=list)
     histories: list[str] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    keys: dict[str, int] = field(default_factory=dict)
     owner: str = ""
     running: BeginTurn | None = None
     fence: Fence | None = None
@@ -69,9 +72,9 @@ class Life:
     def tokens(self) -> list[int]:
         return [int(i) for turn in self.turns for part in turn for i in part]
 
-    def head(self) -> str:
+    def head(self, turn: int | None = None) -> str:
         head = GENESIS
-        for input_ids, output_ids in self.turns:
+        for input_ids, output_ids in self.turns[:turn]:
             head = chain_head(head, input_ids, output_ids)
         return head
 
@@ -174,7 +177,14 @@ class Checker:
     async def _try_begin(self, turn: BeginTurn) -> None:
         life = self._lives.get(turn.conversation_id)
         expected = self._begin_error(life, turn)
-        ownership = await self._expect(expected, lambda: self._store.begin(turn))
+        known = self._committed_as(life, turn)
+        first = await self._outcome(lambda: self._store.begin(turn))
+        if isinstance(first, CommittedTurn):
+            self._check_committed(life, known, first)
+            return
+        if life and known == len(life.turns):
+            raise Violation("the newest result was forgotten")
+        ownership = await self._expect(expected, lambda: self._store.begin(turn), first=first)
         if not isinstance(ownership, Ownership) or life is None:
             return
         if life.running is None or life.running.nonce != turn.nonce:
@@ -187,15 +197,30 @@ class Checker:
         self._check_view(life, ownership.conversation)
         self._claims.append(Claim(turn, ownership, self._commit_of(turn, ownership)))
 
+    def _committed_as(self, life: Life | None, turn: BeginTurn) -> int | None:
+        """Which turn of `life` was committed under this key, as long as that is what `begin` tells."""
+        if life is None or life.new.tenant != turn.tenant:
+            return None
+        if life.ended and life.ended[0].nonce == turn.nonce:
+            return None
+        return life.keys.get(turn.key or turn.nonce)
+
+    def _check_committed(self, life: Life | None, known: int | None, found: CommittedTurn) -> None:
+        if life is None or known is None:
+            raise Violation("a turn that was never committed was answered")
+        self._same("turn", found.turn, known)
+        self._same("reply", found.reply_ids.tolist(), life.turns[known - 1][1].tolist())
+        self._same("head", found.head, life.head(known))
+
     def _begin_error(self, life: Life | None, turn: BeginTurn) -> type[StoreError] | None:
         if life is None or life.new.tenant != turn.tenant:
             return NotFound
-        if turn.fingerprint != MODEL:
-            return ModelChanged
-        if life.ended and life.ended[0].nonce == turn.nonce:
-            return Fenced
         if life.running and life.running.nonce == turn.nonce:
             return None
+        if life.ended and life.ended[0].nonce == turn.nonce:
+            return Fenced
+        if turn.fingerprint != MODEL:
+            return ModelChanged
         if turn.expect_turn not in (None, len(life.turns)):
             return TurnConflict
         if turn.expect_head not in (None, life.head()):
@@ -210,7 +235,7 @@ class Checker:
     async def _try_commit(self, claim: Claim) -> None:
         commit = claim.commit
         life, standing = self._standing(claim)
-        expected = self._ending_error(life, standing, "commit")
+        expected = self._ending_error(claim, standing, "commit")
         record = await self._expect(expected, lambda: self._store.commit(commit))
         if not isinstance(record, Conversation) or life is None:
             return
@@ -218,6 +243,7 @@ class Checker:
             self.commits += 1
             life.turns.append((claim.turn.input_ids, commit.output_ids))
             life.histories.append(commit.history)
+            life.keys[claim.turn.key or claim.turn.nonce] = len(life.turns)
             life.messages += commit.messages
             life.owner = claim.turn.replica
             life.running, life.ended = None, (commit.fence, "commit")
@@ -230,7 +256,7 @@ class Checker:
             return
         fence, turn = claim.ownership.fence, claim.turn
         life, standing = self._standing(claim)
-        expected = self._ending_error(life, standing, "abort")
+        expected = self._ending_error(claim, standing, "abort")
         await self._expect(
             expected, lambda: self._store.abort(turn.tenant, turn.conversation_id, fence)
         )
@@ -243,7 +269,7 @@ class Checker:
             return
         fence, turn = claim.ownership.fence, claim.turn
         life, standing = self._standing(claim)
-        expected = self._ending_error(life, standing, None)
+        expected = self._ending_error(claim, standing, None)
         await self._expect(
             expected, lambda: self._store.renew(turn.tenant, turn.conversation_id, fence, LEASE_S)
         )
@@ -276,7 +302,7 @@ class Checker:
             return
         tenant, history = self._random.choice(list(self._index))
         life, turn = self._index[tenant, history]
-        alive = self._lives.get(life.new.conversation_id) is life
+        alive = self._lives.get(life.new.conversation_id) is life and len(life.turns) == turn
         expected = HistoryMatch(life.new.conversation_id, turn) if alive else None
         self._same("match", await self._store.match_history(tenant, history), expected)
         stranger = TENANTS[1 - TENANTS.index(tenant)]
@@ -300,10 +326,13 @@ class Checker:
         return life, None
 
     def _ending_error(
-        self, life: Life | None, standing: str | None, repeats: str | None
+        self, claim: Claim, standing: str | None, repeats: str | None
     ) -> type[StoreError] | None:
+        life = self._lives.get(claim.turn.conversation_id)
         if life is None:
             return NotFound
+        if life.new.tenant != claim.turn.tenant:
+            return RolledBack
         return None if standing is not None and standing in ("running", repeats) else Fenced
 
     def _commit_of(self, turn: BeginTurn, ownership: Ownership) -> TurnCommit:
@@ -333,9 +362,10 @@ class Checker:
         error: type[StoreError] | None,
         call: Callable[[], Awaitable[Any]],
         repeated: type[StoreError] | None = None,
+        first: Any = None,
     ) -> Any:
         """Call, sometimes twice (the first reply was lost); both answers must be as the model says."""
-        answer = await self._outcome(call)
+        answer = await self._outcome(call) if first is None else first
         self._same("outcome", type(answer) if isinstance(answer, StoreError) else None, error)
         if self._random.random() < 0.25:
             again = await self._outcome(call)

@@ -51,8 +51,10 @@ class MemoryEnv:
 
     async def record_bytes(self, conversation_id: str) -> int:
         record = self.store._records[conversation_id]
-        running = record.running.input_ids.nbytes if record.running else 0
-        return record.replay.sink_ids.nbytes + record.replay.recent_ids.nbytes + running
+        parts = [record.replay.sink_ids, record.replay.recent_ids]
+        if record.running:
+            parts += [record.running.input_ids, record.running.output_ids]
+        return sum(part.nbytes for part in parts)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cluster.conversation import BeginTurn, Fence, TurnCommit
-from cluster.memory_store import MemoryStore, Record, RunningTurn
+from cluster.memory_record import Record, RunningTurn
+from cluster.memory_store import MemoryStore
 from cluster.redis_functions import library_text
 from cluster.store import HistoryMatch, StoreLimits
 from tests.store_checker import Checker, Violation
@@ -67,11 +68,14 @@ class NoExpectation(MemoryStore):
         pass
 
 
-class CounterEpoch(MemoryStore):
+class NoTombstone(MemoryStore):
     """The epoch starts again when an id is deleted and created again."""
 
     def _next_epoch(self, record: Record, now_s: float) -> int:
         return record.epoch + 1
+
+    def _tombstone(self, conversation_id: str) -> int:
+        return -1
 
 
 class SameEpochForAll(MemoryStore):
@@ -149,14 +153,6 @@ class OpenTenants(MemoryStore):
         return record.new.tenant if record else None
 
 
-class IndexNotTiedToTurn(MemoryStore):
-    """A history matches wherever its conversation is now."""
-
-    async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
-        match = await super().match_history(tenant, history)
-        return match and replace(match, turn=self._records[match.conversation_id].turn)
-
-
 class IndexNotTiedToLife(MemoryStore):
     """A history of a deleted conversation matches its id's next life."""
 
@@ -176,9 +172,9 @@ async def seeds_until_caught(make: Callable[[], StoreEnv], limit: int) -> int:
 
 
 MUTANTS = [
-    *(NoFence, FenceWithoutEpoch, NoExpectation, CounterEpoch, SameEpochForAll),
+    *(NoFence, FenceWithoutEpoch, NoExpectation, NoTombstone, SameEpochForAll),
     *(InputNotReplayed, SinksForgotten, RecentGrows, LeaseNeverEnds, NoLease),
-    *(ForgetsHowTurnsEnded, AbortCommits, OpenTenants, IndexNotTiedToTurn, IndexNotTiedToLife),
+    *(ForgetsHowTurnsEnded, AbortCommits, OpenTenants, IndexNotTiedToLife),
 ]
 
 
