@@ -12,17 +12,15 @@ import numpy as np
 
 from benchmarks.peers.sinkserve_worker import Subject
 
-LINEAR = frozenset({"MatMulNBits"})
-ATTENTION = frozenset(
-    {"FusedMatMul", "MatMul", "Softmax", "Where", "Concat", "RotaryEmbedding", "Slice"}
-)
+PARTS = {"MatMulNBits": "linear layers", "SinkAttention": "attention and cache writes"}
+OTHER = "norms, activations, embedding"
 
 
 def breakdown(engine_dir: Path, rows: int, threads: int, capacity: int) -> dict[str, float]:
     """Milliseconds of a decode step of `rows` full conversations, by part.
 
-    The graph's parts come from a profiled run, which makes its thousand small nodes dearer than they
-    are; "whole step" is a run without.
+    The graph's parts come from a profiled run, which makes its small nodes dearer than they are; "whole
+    step" is a run without. New keys and values are written into the cache by the attention itself.
     """
     whole = _steps(engine_dir, rows, threads, capacity, None)
     with tempfile.TemporaryDirectory() as folder:
@@ -41,11 +39,11 @@ def _steps(
         subject.prefill(row, numbers.integers(1000, 40000, capacity + 64).tolist())
     subject.decode(rows, 8)
     times, steps = subject.engine.times, 48
-    before = (times.prepare_s, times.run_s, times.write_s, times.sample_s)
+    before = (times.prepare_s, times.run_s, times.sample_s)
     seconds = subject.decode(rows, steps)
-    after = (times.prepare_s, times.run_s, times.write_s, times.sample_s)
+    after = (times.prepare_s, times.run_s, times.sample_s)
     subject.engine.close()
-    names = ("prepare (host)", "graph", "cache writes (host)", "sampling (host)")
+    names = ("prepare (host)", "graph", "sampling (host)")
     spent = {
         name: 1000 * (end - begin) / steps
         for name, begin, end in zip(names, before, after, strict=True)
@@ -63,11 +61,5 @@ def _graph_parts(events: list[dict[str, Any]]) -> dict[str, float]:
     for event in events:
         is_kernel = event.get("cat") == "Node" and event["name"].endswith("kernel_time")
         if is_kernel and event["ts"] >= begin:
-            spent[_part(event["args"]["op_name"])] += event["dur"]
+            spent[PARTS.get(event["args"]["op_name"], OTHER)] += event["dur"]
     return {f"graph: {name}": spent[name] / len(counted) / 1000 for name in sorted(spent)}
-
-
-def _part(op: str) -> str:
-    if op in LINEAR:
-        return "linear layers"
-    return "attention" if op in ATTENTION else "norms, activations, reshapes"

@@ -1,7 +1,7 @@
 """Which engine a configuration means: found or built, then described and started.
 
 Every process that needs one (driver, replicas, ingress) calls `locate_engine`; the first on a machine
-builds the demo engine, the others wait for it.
+builds the demo engine and compiles the CPU kernels, the others wait for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from deployments.config import TOY_MODEL, ConfigError, ServiceConfig
 from deployments.text import ChatCodec
+from engine.kernels.compile import KernelError, kernel_library
 from engine.protocol import Engine, Row, StepPlan
 from engine.toy_engine import ToyEngine, ToyText, byte_spec
 from engine.window import SinkWindow
@@ -58,9 +59,10 @@ def locate_engine(
             )
             folder = ensure_demo_engine(sinkserve_home(), options, progress)
         spec = load_engine_spec(folder, config.capacity_override)
+        kernel_library(sinkserve_home(), progress)
         fingerprint = load_manifest(folder).fingerprint(spec)
         return EngineFiles(spec, fingerprint, ChatCodec.load(folder), folder)
-    except (ManifestError, SpecError, DemoModelError, OSError) as error:
+    except (ManifestError, SpecError, DemoModelError, KernelError, OSError) as error:
         raise ConfigError([f"model: {error}"]) from error
 
 
@@ -98,5 +100,5 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
             threads=threads,
             capacity=files.spec.capacity,
         )
-    except SpecError as error:
+    except (SpecError, KernelError) as error:
         raise ConfigError([str(error)]) from error

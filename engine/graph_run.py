@@ -1,85 +1,94 @@
-"""One prepared run of the CPU graph: its buffers, bound by address once and reused every step."""
+"""The CPU graph in ONNX Runtime, over the memory of the kv_slots."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from engine_build import lowering_cpu as names
+from engine.step_inputs import StepInputs
 from engine_build.graph import LOGIT_ROWS, LOGITS, TOKEN_IDS
-from engine_build.spec import ModelShape
+from engine_build.lowering_cpu import ANGLES, CACHE, ROWS
+from engine_build.spec import EngineSpec
 
+Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class RunShape:
-    """What a binding depends on: physical rows first_row .. + rows - 1, `chunk` tokens each."""
+class SessionOptions:
+    """How to open the graph: the library of our operators, threads, and what idle ones do.
 
-    first_row: int
-    rows: int
-    chunk: int
-    num_sink_places: int
-    num_logits: int
+    `profile` makes ONNX Runtime write a trace with this prefix until `GraphRun.close`.
+    """
+
+    library: Path
+    threads: int
+    spinning: bool
+    profile: Path | None
+
+    def open(self, graph: Path) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        spinning = "1" if self.spinning else "0"
+        options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+        options.register_custom_ops_library(str(self.library))
+        if self.profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self.profile)
+        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 class GraphRun:
-    """Inputs to fill (`token_ids`, `logit_rows`, angles, `is_sink`, `bias`), then `execute`, then read
-    `new` float32 [layers, 2, rows, kv_heads, chunk, head_dim] and `logits` float32 [n, vocab].
+    """A loaded graph and its kv_slots, uint8 [layers, kv_slots, 2 * kv_heads, head_bytes].
+
+    Memory is bound by address and written in place: nothing here copies a cache. Pages are touched
+    when first used.
     """
 
     def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        model: ModelShape,
-        caches: Floats,
-        shape: RunShape,
+        self, graph: Path, spec: EngineSpec, num_slots: int, options: SessionOptions
     ) -> None:
-        rows, chunk, sinks = shape.rows, shape.chunk, shape.num_sink_places
-        places = caches.shape[4]
-        half = (rows, chunk, model.rope.rotary_dim // 2)
-        self._session = session
-        self._binding = session.io_binding()
-        self._kept: list[npt.NDArray[Any]] = [caches]
-        self.sink_places = np.arange(sinks)
-        self.token_ids: Ints = self._input(TOKEN_IDS, np.empty((rows, chunk), np.int64))
-        self.logit_rows: Ints = self._input(LOGIT_ROWS, np.empty(shape.num_logits, np.int64))
-        self.cos: Floats = self._input(names.COS, np.empty(half, np.float32))
-        self.sin: Floats = self._input(names.SIN, np.empty(half, np.float32))
-        self.sink_cos: Floats = self._input(names.SINK_COS, np.empty(half, np.float32))
-        self.sink_sin: Floats = self._input(names.SINK_SIN, np.empty(half, np.float32))
-        self.is_sink = self._input(names.IS_SINK, np.empty((rows, 1, 1, 1, sinks), np.bool_))
-        self.bias: Floats = self._input(
-            names.BIAS, np.empty((rows, 1, 1, chunk, places + chunk), np.float32)
-        )
-        self._input(names.NUM_SINK_PLACES, np.array([sinks]))
-        self._input(names.SCORE_SPLIT, np.array([sinks, places - sinks]))
-        self._input(names.PROBABILITY_SPLIT, np.array([places, chunk]))
-        self.new: Floats = np.empty(
-            (model.num_layers, 2, rows, model.num_kv_heads, chunk, model.head_dim), np.float32
-        )
-        self.logits: Floats = np.empty((shape.num_logits, model.vocab_size), np.float32)
-        self._output(LOGITS, self.logits)
-        for layer in range(model.num_layers):
-            past, new = names.past_names(layer), names.new_names(layer)
-            for part in (0, 1):
-                cached = caches[layer, part, shape.first_row : shape.first_row + rows]
-                self._input(past[part], cached[:, :, None])
-                self._output(new[part], self.new[layer, part])
+        model = spec.model
+        self._session = options.open(graph)
+        self._vocab_size = model.vocab_size
+        self._cache = _zeros((model.num_layers, num_slots, 2 * model.num_kv_heads, spec.head_bytes))
+        self._logits: Floats = np.empty((0, model.vocab_size), dtype=np.float32)
 
-    def execute(self) -> None:
-        """Run the graph."""
-        self._session.run_with_iobinding(self._binding)
+    def execute(self, inputs: StepInputs) -> Floats:
+        """Run a step; logits [len(logit_rows), vocab], valid until the next run."""
+        count = len(inputs.logit_rows)
+        if count > len(self._logits):
+            self._logits = np.empty((count, self._vocab_size), dtype=np.float32)
+        logits = self._logits[:count]
+        binding = self._session.io_binding()
+        for name, array in (
+            (TOKEN_IDS, inputs.token_ids),
+            (LOGIT_ROWS, inputs.logit_rows),
+            (ANGLES, inputs.angles),
+            (ROWS, inputs.rows),
+            (CACHE, self._cache),
+        ):
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        binding.bind_output(LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return logits
 
-    def _input(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        self._kept.append(array)
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return array
+    def close(self) -> None:
+        """End a profile that was begun."""
+        if self._session.get_session_options().enable_profiling:
+            self._session.end_profiling()
 
-    def _output(self, name: str, array: Floats) -> None:
-        self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+
+def _zeros(shape: tuple[int, ...]) -> Bytes:
+    """Like np.zeros, at the start of a cache line."""
+    size = int(np.prod(shape, dtype=np.int64))
+    memory = np.zeros(size + _CACHE_LINE, dtype=np.uint8)
+    first = -memory.ctypes.data % _CACHE_LINE
+    return memory[first : first + size].reshape(shape)

@@ -33,7 +33,7 @@ from engine_build.manifest import (
     load_manifest,
     write_manifest,
 )
-from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat
+from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat, kv_dtype_for
 from engine_build.tensors import Checkpoint
 
 LOCK = ".sinkserve-build.lock"
@@ -109,6 +109,7 @@ def _convert(
         capacity=options.capacity,
         max_chunk=options.max_chunk,
         weight_format=options.weight_format,
+        kv_dtype=kv_dtype_for(options.weight_format),
         target=options.target,
     )
     progress("read the model", 1.0)

@@ -1,6 +1,6 @@
 """The decoder, defined once, and its export as graph.onnx over weights.safetensors.
 
-    token_ids -> embed -> layers x (norm, qkv, heads, attention, output, norm, gated MLP) -> norm -> head
+    token_ids -> embed -> layers x (norm, qkv, attention, output, norm, gated MLP) -> norm -> head
 
 What differs between targets (number format of the linear layers, how attention reaches the cache) is
 behind `Lowering`; the definition below is the same for all.
@@ -37,7 +37,7 @@ class Lowering(Protocol):
         ...
 
     def embedding(self, name: str, token_ids: str) -> str:
-        """float32 [rows, chunk, hidden]."""
+        """float32 [tokens, hidden]."""
         ...
 
     def linear(self, x: str, name: str, bias: str | None = None) -> str:
@@ -52,19 +52,27 @@ class Lowering(Protocol):
         """`x + delta`, and its norm."""
         ...
 
-    def attention(self, layer: int, q: str, k: str, v: str) -> str:
-        """Rotate, reach the cache, attend: q [rows, heads, chunk, head_dim], k and v [rows, kv_heads,
-        chunk, head_dim], result [rows, chunk, heads * head_dim]. Scores need no scale: q has it."""
+    def attention(self, layer: int, qkv: str, norms: tuple[str, str] | None) -> str:
+        """Norm q and k per head where `norms` names weights for it, rotate, cache, attend.
+
+        `qkv` is [tokens, (heads + 2 * kv_heads) * head_dim], the result [tokens, heads * head_dim].
+        Scores need no scale: q has it.
+        """
+        ...
+
+    def gated(self, gate_up: str) -> str:
+        """SwiGLU: the first half of [tokens, 2 * inner], through SiLU, times the second."""
         ...
 
 
 def define_decoder(shape: ModelShape, graph: GraphWriter, lowering: Lowering) -> None:
     """Write the decoder into `graph`.
 
-    Inputs here: `token_ids` int64 [rows, chunk]; `logit_rows` int64 [n], which of the rows * chunk
-    tokens want logits. Output: `logits` float32 [n, vocab]. The lowering adds its own.
+    Inputs here: `token_ids` int64 [tokens], the tokens of all conversations of a step, one after
+    another; `logit_rows` int64 [n], which of them want logits. Output: `logits` float32 [n, vocab].
+    The lowering adds its own.
     """
-    token_ids = graph.input(TOKEN_IDS, np.int64, ["rows", "chunk"])
+    token_ids = graph.input(TOKEN_IDS, np.int64, ["tokens"])
     logit_rows = graph.input(LOGIT_ROWS, np.int64, ["n"])
     x = lowering.embedding("embed", token_ids)
     delta: str | None = None
@@ -74,42 +82,20 @@ def define_decoder(shape: ModelShape, graph: GraphWriter, lowering: Lowering) ->
             normed = lowering.norm(x, name + "input_norm")
         else:
             x, normed = lowering.add_norm(x, delta, name + "input_norm")
-        q, k, v = _heads(shape, graph, lowering, normed, name)
-        attended = lowering.attention(layer, q, k, v)
+        qkv = lowering.linear(normed, name + "qkv", name + "qkv.bias" if shape.qkv_bias else None)
+        norms = (name + "q_norm", name + "k_norm") if shape.qk_norm else None
+        attended = lowering.attention(layer, qkv, norms)
         bias = name + "output.bias" if shape.output_bias else None
         delta = lowering.linear(attended, name + "output", bias)
         x, normed = lowering.add_norm(x, delta, name + "mlp_norm")
-        delta = _gated_mlp(graph, lowering, normed, name)
+        gate_up = lowering.linear(normed, name + "gate_up")
+        delta = lowering.linear(lowering.gated(gate_up), name + "down")
     x = x if delta is None else graph.node("Add", [x, delta])
-    tokens = graph.node("Reshape", [x, graph.constant([-1, shape.hidden_size])])
-    wanted = graph.node("Gather", [tokens, logit_rows])
+    wanted = graph.node("Gather", [x, logit_rows])
     normed = lowering.norm(wanted, "norm")
     logits = lowering.linear(normed, "embed" if shape.tied_head else "head")
     graph.node("Identity", [logits], output_names=[LOGITS])
     graph.output(LOGITS, np.float32, ["n", shape.vocab_size])
-
-
-def _heads(
-    shape: ModelShape, graph: GraphWriter, lowering: Lowering, normed: str, name: str
-) -> tuple[str, str, str]:
-    """q, k and v as [rows, heads, chunk, head_dim], normed per head where the model does that."""
-    bias = name + "qkv.bias" if shape.qkv_bias else None
-    qkv = lowering.linear(normed, name + "qkv", bias)
-    num_all = shape.num_heads + 2 * shape.num_kv_heads
-    split = graph.node("Reshape", [qkv, graph.constant([0, 0, num_all, shape.head_dim])])
-    heads = graph.node("Transpose", [split], perm=[0, 2, 1, 3])
-    sizes = graph.constant([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads])
-    q, k, v = graph.nodes("Split", [heads, sizes], 3, axis=1)
-    if shape.qk_norm:
-        q, k = lowering.norm(q, name + "q_norm"), lowering.norm(k, name + "k_norm")
-    return q, k, v
-
-
-def _gated_mlp(graph: GraphWriter, lowering: Lowering, normed: str, name: str) -> str:
-    gate_up = lowering.linear(normed, name + "gate_up")
-    gate, up = graph.nodes("Split", [gate_up], 2, axis=-1, num_outputs=2)
-    silu = graph.node("Mul", [gate, graph.node("Sigmoid", [gate])])
-    return lowering.linear(graph.node("Mul", [silu, up]), name + "down")
 
 
 def export_graph(
@@ -124,7 +110,7 @@ def export_graph(
     if spec.target != "cpu":
         raise SpecError("target", f"{spec.target!r} has no lowering", "Use cpu")
     graph = GraphWriter()
-    lowering = CpuLowering(spec.model, spec.weight_format, graph)
+    lowering = CpuLowering(spec, graph)
     define_decoder(spec.model, graph, lowering)
     writer = WeightFileWriter(out_dir / WEIGHTS_FILE, graph.weights)
     weights = merged_weights(spec.model)

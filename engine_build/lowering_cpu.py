@@ -2,14 +2,8 @@
 
 Linear layers: block-wise 8-bit `MatMulNBits` (activations quantised per block too), or float32.
 
-Attention, "split" form: the past is read where it lies (inputs bound to the kv_slots), the new K and V
-are outputs that the host writes into the ring after the run, and no node copies a cache.
-
-    scores = [ sink places: q rotated at its cache position | other places: q rotated at its
-               token_index | this chunk's own keys ] + bias, softmax, times [past values | new values]
-
-Every key is stored rotated at its token_index; a sink's is its cache position too, so the second
-rotation of q is all that "move the sinks, not the window" takes.
+Attention and SwiGLU are operators of our own (engine/kernels). Attention takes all rows of a step at once and
+writes new keys and values into the kv_slots' memory where it lies; no node copies a cache.
 """
 
 from __future__ import annotations
@@ -19,27 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine_build.onnx_writer import MICROSOFT, Dimension, GraphWriter
+from engine_build.onnx_writer import MICROSOFT, SINKSERVE, GraphWriter
 from engine_build.quantize import BLOCK, LONG_BLOCK, num_blocks, quantise
-from engine_build.spec import ModelShape, WeightFormat
+from engine_build.spec import EngineSpec
 from engine_build.weights import MergedWeight, merged_weights
 
 Floats = npt.NDArray[np.float32]
 
-COS, SIN = "cos", "sin"
-SINK_COS, SINK_SIN = "sink_cos", "sink_sin"
-BIAS, IS_SINK, NUM_SINK_PLACES = "bias", "is_sink", "num_sink_places"
-SCORE_SPLIT, PROBABILITY_SPLIT = "score_split", "probability_split"
-
-
-def past_names(layer: int) -> tuple[str, str]:
-    """Inputs: a layer's cached keys and values, float32 [rows, kv_heads, 1, places, head_dim]."""
-    return f"past_key.{layer}", f"past_value.{layer}"
-
-
-def new_names(layer: int) -> tuple[str, str]:
-    """Outputs: a layer's new keys (rotated) and values, float32 [rows, kv_heads, chunk, head_dim]."""
-    return f"new_key.{layer}", f"new_value.{layer}"
+ANGLES, ROWS, CACHE = "angles", "rows", "cache"
+ROW_FIELDS = 7
 
 
 class CpuLowering:
@@ -47,28 +29,25 @@ class CpuLowering:
 
     Inputs it adds:
 
-        cos, sin            float32 [rows, chunk, rotary_dim / 2], angles at token_index
-        sink_cos, sink_sin  the same at the cache position
-        num_sink_places     int64 [1], the most sinks of any row, at least 1
-        is_sink             bool  [rows, 1, 1, 1, num_sink_places]
-        bias                float32 [rows, 1, 1, chunk, places + chunk], 0 or minus infinity
-        score_split         int64 [2] = num_sink_places, places - num_sink_places
-        probability_split   int64 [2] = places, chunk
+        angles  float32 [tokens, 4, rotary_dim / 2], cosine and sine at token_index, then at the cache
+                position (a sink's key meets the query at that)
+        rows    int64 [rows, 7]: kv_slot, tokens, start, sink_tokens, window_tokens, ring_tokens,
+                window_start of each conversation in the step, in the order of its tokens
+        cache   uint8 [layers, kv_slots, 2 * kv_heads, head_bytes], written in place. For each head its
+                keys, 16 places at a time, [places / 16, head_dim, 16], then its values [places,
+                head_dim], of `kv_dtype`, padded as in `EngineSpec.head_bytes`
     """
 
-    def __init__(self, shape: ModelShape, weight_format: WeightFormat, graph: GraphWriter) -> None:
+    def __init__(self, spec: EngineSpec, graph: GraphWriter) -> None:
+        shape = spec.model
         self._shape = shape
         self._graph = graph
-        self._int8 = weight_format == "int8"
+        self._kv_bytes = spec.kv_bytes
+        self._int8 = spec.weight_format == "int8"
         self._sizes = {weight.name: weight.shape for weight in merged_weights(shape)}
-        half: list[Dimension] = ["rows", "chunk", shape.rope.rotary_dim // 2]
-        for name in (COS, SIN, SINK_COS, SINK_SIN):
-            graph.input(name, np.float32, half)
-        graph.input(NUM_SINK_PLACES, np.int64, [1])
-        graph.input(IS_SINK, np.bool_, ["rows", 1, 1, 1, "sink_places"])
-        graph.input(BIAS, np.float32, ["rows", 1, 1, "chunk", "keys"])
-        graph.input(SCORE_SPLIT, np.int64, [2])
-        graph.input(PROBABILITY_SPLIT, np.int64, [2])
+        graph.input(ANGLES, np.float32, ["tokens", 4, shape.rope.rotary_dim // 2])
+        graph.input(ROWS, np.int64, ["rows", ROW_FIELDS])
+        graph.input(CACHE, np.uint8, [shape.num_layers, "slots", 2 * shape.num_kv_heads, "bytes"])
 
     def store(self, weight: MergedWeight, values: Floats) -> dict[str, Any]:
         """See `Lowering.store`."""
@@ -141,55 +120,27 @@ class CpuLowering:
         )
         return total, normed
 
-    def attention(self, layer: int, q: str, k: str, v: str) -> str:
+    def attention(self, layer: int, qkv: str, norms: tuple[str, str] | None) -> str:
         """See `Lowering.attention`."""
-        graph, shape, head_dim = self._graph, self._shape, self._shape.head_dim
-        past_key, past_value = self._past(layer)
-        new_key, new_value = new_names(layer)
-        self._rotate(k, COS, SIN, new_key)
-        graph.node("Identity", [v], output_names=[new_value])
-        for name in (new_key, new_value):
-            graph.output(name, np.float32, ["rows", shape.num_kv_heads, "chunk", head_dim])
-        # Heads that share a KV head stay apart: one query each is a matrix-vector product, which
-        # reads the cache where it lies; folded together, the cache would be packed first.
-        by_head = graph.constant([0, shape.num_kv_heads, shape.heads_per_kv_head, -1, head_dim])
-        query = graph.node("Reshape", [self._rotate(q, COS, SIN), by_head])
-        sink_query = graph.node("Reshape", [self._rotate(q, SINK_COS, SINK_SIN), by_head])
-        grouped = graph.constant([0, 0, 1, -1, head_dim])
-        chunk_key = graph.node("Reshape", [new_key, grouped])
-        chunk_value = graph.node("Reshape", [v, grouped])
-        at_sinks = [graph.constant([0]), NUM_SINK_PLACES, graph.constant([3])]
-        sink_key = graph.node("Slice", [past_key, *at_sinks])
-        near, far = graph.nodes("Split", [self._dot(query, past_key), SCORE_SPLIT], 2, axis=-1)
-        near = graph.node("Where", [IS_SINK, self._dot(sink_query, sink_key), near])
-        scores = graph.node("Concat", [near, far, self._dot(query, chunk_key)], axis=-1)
-        weights = graph.node("Softmax", [graph.node("Add", [scores, BIAS])], axis=-1)
-        past_weights, chunk_weights = graph.nodes("Split", [weights, PROBABILITY_SPLIT], 2, axis=-1)
-        from_past = graph.node("MatMul", [past_weights, past_value])
-        from_chunk = graph.node("MatMul", [chunk_weights, chunk_value])
-        total = graph.node("Add", [from_past, from_chunk])
-        by_token = graph.node("Transpose", [total], perm=[0, 3, 1, 2, 4])
-        return graph.node("Reshape", [by_token, graph.constant([0, 0, shape.num_heads * head_dim])])
-
-    def _past(self, layer: int) -> tuple[str, str]:
         shape = self._shape
-        dims: list[Dimension] = ["rows", shape.num_kv_heads, 1, "places", shape.head_dim]
-        key, value = past_names(layer)
-        return self._graph.input(key, np.float32, dims), self._graph.input(value, np.float32, dims)
-
-    def _rotate(self, heads: str, cos: str, sin: str, output: str | None = None) -> str:
-        rope = self._shape.rope
-        attributes: dict[str, Any] = {}
-        if rope.rotary_dim != self._shape.head_dim:
-            attributes["rotary_embedding_dim"] = rope.rotary_dim
-        names = None if output is None else [output]
-        (rotated,) = self._graph.nodes(
-            "RotaryEmbedding", [heads, cos, sin], 1, output_names=names, **attributes
+        weights = [] if norms is None else [self._float32(name) for name in norms]
+        return self._graph.node(
+            "SinkAttention",
+            [qkv, ANGLES, ROWS, CACHE, *weights],
+            SINKSERVE,
+            layer=layer,
+            heads=shape.num_heads,
+            kv_heads=shape.num_kv_heads,
+            dim=shape.head_dim,
+            rotary_dim=shape.rope.rotary_dim,
+            kv_bytes=self._kv_bytes,
+            qk_norm=int(norms is not None),
+            epsilon=float(shape.rms_norm_eps),
         )
-        return rotated
 
-    def _dot(self, query: str, key: str) -> str:
-        return self._graph.node("FusedMatMul", [query, key], MICROSOFT, transB=1)
+    def gated(self, gate_up: str) -> str:
+        """See `Lowering.gated`."""
+        return self._graph.node("SwiGLU", [gate_up], SINKSERVE)
 
     def _float32(self, name: str) -> str:
         return self._graph.weight(name, np.float32, self._sizes[name])

@@ -15,7 +15,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 MICROSOFT = "com.microsoft"
-_OPSETS = (("", 24), (MICROSOFT, 1))
+SINKSERVE = "sinkserve"
+_OPSETS = (("", 24), (MICROSOFT, 1), (SINKSERVE, 1))
 _IR_VERSION = 11
 
 Dimension = int | str

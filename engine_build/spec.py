@@ -19,9 +19,15 @@ import numpy.typing as npt
 
 RopeScaling = Literal["default", "linear", "llama3", "yarn", "divisors"]
 WeightFormat = Literal["float32", "int8"]
+KvDtype = Literal["float32", "float16"]
 Target = Literal["cpu"]
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2
+
+KV_TILE = 16
+"""Places and head dimensions of a kv_slot are padded to multiples of this: kernels read whole tiles."""
+
+_KV_BYTES: Mapping[KvDtype, int] = {"float32": 4, "float16": 2}
 
 
 class SpecError(ValueError):
@@ -111,6 +117,15 @@ class RopeSpec:
         return inverse / self.factor * (1 - extrapolate) + inverse * extrapolate
 
 
+def kv_dtype_for(weight_format: WeightFormat) -> KvDtype:
+    """The exact variant keeps an exact cache; 8-bit weights lose more than 16-bit keys do."""
+    return "float32" if weight_format == "float32" else "float16"
+
+
+def _padded(count: int) -> int:
+    return -(-count // KV_TILE) * KV_TILE
+
+
 def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
@@ -144,14 +159,16 @@ class EngineSpec:
     """Everything that fixes an engine's numbers and memory.
 
     `capacity` = S + R is the number of tokens a query can see; S is chosen per conversation.
-    `max_chunk` is the most tokens of one conversation in a step. `rewind_tokens` extra ring places
-    let a conversation drop its newest tokens (a cut at a stop string) without a replay.
+    `max_chunk` is the most tokens of one conversation in a step. `kv_dtype` is that of cached keys and
+    values. `rewind_tokens` extra ring places let a conversation drop its newest tokens (a cut at a stop
+    string) without a replay.
     """
 
     model: ModelShape
     capacity: int
     max_chunk: int
     weight_format: WeightFormat = "int8"
+    kv_dtype: KvDtype = "float16"
     target: Target = "cpu"
     tp_size: int = 1
     rewind_tokens: int = 16
@@ -165,6 +182,9 @@ class EngineSpec:
         if self.weight_format not in get_args(WeightFormat):
             formats = ", ".join(get_args(WeightFormat))
             raise SpecError("weight_format", f"{self.weight_format!r} is unknown", f"Use {formats}")
+        if self.kv_dtype not in get_args(KvDtype):
+            formats = ", ".join(get_args(KvDtype))
+            raise SpecError("kv_dtype", f"{self.kv_dtype!r} is unknown", f"Use {formats}")
 
     @property
     def slot_tokens(self) -> int:
@@ -177,10 +197,19 @@ class EngineSpec:
         return self.capacity // 2
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of one element of `kv_dtype`."""
+        return _KV_BYTES[self.kv_dtype]
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the keys, or the values, of one head of one layer in a kv_slot."""
+        return _padded(self.slot_tokens) * _padded(self.model.head_dim) * self.kv_bytes
+
+    @property
     def slot_bytes(self) -> int:
-        """Bytes of one kv_slot: K and V of all layers, float32."""
-        model = self.model
-        return 2 * 4 * model.num_layers * model.num_kv_heads * self.slot_tokens * model.head_dim
+        """Bytes of one kv_slot: K and V of all layers."""
+        return 2 * self.model.num_layers * self.model.num_kv_heads * self.head_bytes
 
     @property
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ from engine.protocol import Engine, Logits, Row, StepPlan, TokenIds
 from engine.window import SinkWindow
 from engine_build.graph import export_graph
 from engine_build.hf_config import shape_from_config
-from engine_build.spec import EngineSpec, ModelShape, WeightFormat
+from engine_build.spec import EngineSpec, ModelShape, WeightFormat, kv_dtype_for
 from tests.tiny_models import VOCAB_SIZE, tiny_config, tiny_tensors
 
 PARTIAL_ROTARY = "llama-partial-rotary"
@@ -50,7 +50,8 @@ def make_engine(
     weight_format: WeightFormat = "float32",
 ) -> OnnxEngine:
     """An engine of a tiny model; its folder is gone again, as the weights are read at start."""
-    spec = EngineSpec(tiny_shape(family), capacity, max_chunk, weight_format)
+    kv_dtype = kv_dtype_for(weight_format)
+    spec = EngineSpec(tiny_shape(family), capacity, max_chunk, weight_format, kv_dtype)
     with tempfile.TemporaryDirectory() as folder:
         export_graph(spec, cached_tensors(family), Path(folder), lambda fraction: None)
         (Path(folder) / "spec.json").write_text(spec.to_json())

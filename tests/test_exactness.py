@@ -93,7 +93,7 @@ def test_the_oracle_equals_stock_transformers(family: str) -> None:
 
 
 def test_conversations_of_different_lengths_share_steps() -> None:
-    """Random plans: each conversation decodes, prefills a chunk or rests, in rows that move."""
+    """Random plans: each conversation decodes, prefills a chunk or rests."""
     pins = (0, 4, PINNED, 4, 1)
     engine = make_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=len(pins) + 2)
     rng = np.random.default_rng(3)
@@ -117,7 +117,6 @@ def test_conversations_of_different_lengths_share_steps() -> None:
             done[n].append(result.logits)
             length[n] += len(row.tokens)
     assert (True, True) in kinds
-    assert engine.times.num_swaps > 0
     for n, sinks in enumerate(pins):
         wanted = oracle(Rule(sinks, CAPACITY - sinks)).push_all(0, tokens[n])
         assert error(np.concatenate(done[n]), wanted) < MAX_ERROR
@@ -207,7 +206,7 @@ def test_int8_stays_near_float32(family: str) -> None:
 def test_the_demo_model_equals_stock_transformers(demo_gguf: Path, tmp_path: Path) -> None:
     stock = json.loads((DATA / "stock_logits_smollm2.json").read_text())
     checkpoint = read_checkpoint(demo_gguf)
-    spec = EngineSpec(checkpoint.shape, 512, 64, "float32")
+    spec = EngineSpec(checkpoint.shape, 512, 64, "float32", "float32")
     export_graph(spec, checkpoint.tensors, tmp_path, lambda fraction: None)
     (tmp_path / "spec.json").write_text(spec.to_json())
     engine = OnnxEngine(tmp_path, memory_budget_bytes=spec.slot_bytes)

@@ -25,8 +25,11 @@ def test_a_spec_survives_its_file(family: str) -> None:
 def test_memory_is_counted_exactly() -> None:
     spec = tiny_spec(capacity=100, rewind_tokens=4)
     assert spec.slot_tokens == 104
-    # K and V, 3 layers, 2 key/value heads, 104 places, 16 dimensions, 4 bytes
-    assert spec.slot_bytes == 2 * 3 * 2 * 104 * 16 * 4
+    # K and V, 3 layers, 2 key/value heads, 104 places in 7 tiles of 16, 16 dimensions, 2 bytes
+    assert spec.slot_bytes == 2 * 3 * 2 * 112 * 16 * 2
+    assert dataclasses.replace(spec, kv_dtype="float32").slot_bytes == 2 * spec.slot_bytes
+    odd = dataclasses.replace(spec, model=dataclasses.replace(spec.model, head_dim=24))
+    assert odd.slot_bytes == 2 * spec.slot_bytes  # 24 dimensions take two tiles
     assert spec.max_sink_tokens == 50
 
 
@@ -37,6 +40,7 @@ def test_every_field_is_part_of_the_fingerprint() -> None:
         tiny_spec(capacity=33),
         tiny_spec(max_chunk=15),
         tiny_spec(weight_format="float32"),
+        tiny_spec(kv_dtype="float32"),
         tiny_spec(model=dataclasses.replace(model, tied_head=True)),
         tiny_spec(
             model=dataclasses.replace(model, rope=dataclasses.replace(model.rope, theta=2.0))
@@ -51,6 +55,7 @@ def test_every_field_is_part_of_the_fingerprint() -> None:
         ({"capacity": 7}, "capacity"),
         ({"max_chunk": 0}, "max_chunk"),
         ({"weight_format": "int4"}, "weight_format"),
+        ({"kv_dtype": "int8"}, "kv_dtype"),
     ],
 )
 def test_an_impossible_spec_is_refused_by_field(changes: dict[str, Any], field: str) -> None:
@@ -62,7 +67,7 @@ def test_an_impossible_spec_is_refused_by_field(changes: dict[str, Any], field: 
 @pytest.mark.parametrize(
     ("path", "value", "field"),
     [
-        (["version"], 2, "spec.version"),
+        (["version"], 1, "spec.version"),
         (["version"], None, "spec.version"),
         (["capacity"], 3, "capacity"),
         (["capacity"], "many", "spec.json"),
