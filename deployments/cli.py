@@ -197,6 +197,80 @@ def build(
     raise typer.Exit(build_command.run(source, out, options, CONSOLE))
 
 
+@app.command(
+    name="measure-replay",
+    epilog=examples(
+        "sinkserve measure-replay",
+        "sinkserve measure-replay --model ./qwen --text my-conversations.txt --out report",
+        "sinkserve measure-replay --config my.yaml --depths 2,4,8,16",
+    ),
+)
+def measure_replay(
+    model: Annotated[
+        str | None, typer.Option(help="Engine directory, or the name of a built-in model.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of the service, to measure what it serves.")
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of a conversation the model sees.")
+    ] = None,
+    depths: Annotated[
+        str, typer.Option(help="Windows to replay, rising.", metavar="N,N,...")
+    ] = "1,2,4,8",
+    replies: Annotated[
+        int, typer.Option(min=1, help="Replies compared of each kind, sampled and greedy.")
+    ] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest reply, tokens.")] = 64,
+    floor_factor: Annotated[
+        float, typer.Option(min=1.0, help="A mean KL within this many noise floors is good enough.")
+    ] = 1.5,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, help="So is a mean KL of at most this many nats a token.")
+    ] = 1e-6,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="What users say is cut from this file. Default: Python's documentation."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled replies.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the CPU engine. Default: all cores.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON and, with matplotlib, the plot.")
+    ] = None,
+) -> None:
+    """Measure how many windows of token ids a cold conversation must be rebuilt from (`replay_windows`).
+
+    Runs one long conversation on the model, far past its window. At several turns its cache is rebuilt, as
+    after a failure, from 1, 2, 4... windows, and compared with the live one: KL divergence, likeliest token,
+    how long greedy text stays the same. All of it run again in other chunks is the noise floor: rounding.
+
+    Needs no service; takes some minutes for the demo model. Exit status 1 if no measured depth will do.
+    """
+    from deployments.local import measure_replay as measure_command
+    from deployments.local.up import read_config
+    from engine.replay_quality import Bar
+
+    given = {"model": model, "capacity": capacity, "threads_per_replica": threads}
+    settings = read_config(config, {k: v for k, v in given.items() if v is not None})
+    try:
+        windows = tuple(int(depth) for depth in depths.split(","))
+    except ValueError:
+        give_up(f"--depths {depths}: not numbers with commas between", "example: --depths 1,2,4,8")
+    request = measure_command.MeasureRequest(
+        depths=windows,
+        replies=replies,
+        reply_tokens=tokens,
+        bar=Bar(floor_factor, threshold),
+        threads=settings.threads_of(1),
+        seed=seed,
+        text=text,
+        out=out,
+    )
+    raise typer.Exit(measure_command.run(settings, request, CONSOLE))
+
+
 def service_url(home: Home, url: str) -> str:
     """`url`, or that of the service on this machine; exits when there is none."""
     if url:
