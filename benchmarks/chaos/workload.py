@@ -1,0 +1,95 @@
+"""Several clients in endless conversations, and traps that spring when a stream gets to token k."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+from benchmarks.chaos.client import ChaosClient, ClientOptions
+from benchmarks.chaos.oracle import Asked
+
+MAX_TOKENS = 200
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(slots=True)
+class _Trap:
+    """Springs for `turn`, the number of one of `client`'s turns or a later one, at `k` characters."""
+
+    client: ChaosClient
+    turn: int
+    k: int
+    sprung: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class Workload:
+    """Use `start`, then traps and faults, then `finish`."""
+
+    def __init__(self, options: ClientOptions, num_clients: int, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._traps: list[_Trap] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self.clients = [ChaosClient(options, self._noticed) for _ in range(num_clients)]
+
+    async def start(self) -> None:
+        """Returns when every client has had a turn. Raises httpx.HTTPError."""
+        await asyncio.gather(*(client.create() for client in self.clients))
+        self._tasks = [asyncio.create_task(self._talk(client)) for client in self.clients]
+        while not all(client.turns and client.turns[0].ended_s for client in self.clients):
+            if any(task.done() for task in self._tasks):
+                break
+            await asyncio.sleep(0.05)
+
+    async def finish(self) -> None:
+        """Let every client end its turn and have one more in peace."""
+        self._stopping = True
+        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*(client.say(self.ask()) for client in self.clients))
+
+    async def stop(self) -> None:
+        """At once, whatever is running."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def reach(self, k: int) -> ChaosClient:
+        """A random client, just as a turn has shown it `k` characters."""
+        ahead = [one for one in self.live() if 0 < one.turns[-1].num_chars < k]
+        client = self._rng.choice(ahead or self.clients)
+        trap = _Trap(client, len(client.turns) + (not ahead), k)
+        self._traps.append(trap)
+        await trap.sprung
+        return client
+
+    def random_k(self) -> int:
+        """Where to cut a reply: at least one character is still to come."""
+        return self._rng.randrange(MAX_TOKENS - 10)
+
+    def live(self) -> list[ChaosClient]:
+        """The clients with a running turn."""
+        return [client for client in self.clients if client.live is not None]
+
+    def ask(self) -> Asked:
+        """A random turn; one in six is greedy, one in six has a stop string."""
+        rng = self._rng
+        text = " ".join(
+            "".join(rng.choices(_LETTERS, k=rng.randint(2, 8))) for _ in range(rng.randint(2, 8))
+        )
+        stop = ("".join(rng.choices(_LETTERS, k=2)),) if rng.random() < 1 / 6 else ()
+        temperature = 0.0 if rng.random() < 1 / 6 else 1.0
+        return Asked(text, MAX_TOKENS, rng.getrandbits(32), temperature, stop)
+
+    async def _talk(self, client: ChaosClient) -> None:
+        while not self._stopping:
+            await client.say(self.ask())
+
+    def _noticed(self, client: ChaosClient) -> None:
+        for trap in self._traps:
+            is_due = trap.client is client and len(client.turns) >= trap.turn
+            if is_due and client.turns[-1].num_chars >= trap.k and not trap.sprung.done():
+                trap.sprung.set_result(None)
+        self._traps = [trap for trap in self._traps if not trap.sprung.done()]
