@@ -98,8 +98,8 @@ class ReplayLog:
         return self.recent_start <= len(self.sink_ids)
 
     def holds(self, token_index: int) -> bool:
-        """Whether all tokens from `token_index` on are in the log."""
-        return self.is_whole or token_index >= self.recent_start
+        """Whether all tokens from `token_index` on are in the log; none is below 0."""
+        return token_index >= (0 if self.is_whole else self.recent_start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Conversation:
 
     `owner` is the replica that runs the turn, or else the one that committed the last turn (its slot
     is the one that may be resident). `running` is false once the lease has run out. `result` is what
-    the last commit left.
+    the last commit left; `num_messages` the transcript has had so far, dropped ones included.
     """
 
     conversation_id: str
@@ -166,6 +166,8 @@ class Conversation:
     updated_s: float
     metadata: dict[str, str]
     result: dict[str, Any] = field(default_factory=dict)
+    replay_windows: int = 0
+    num_messages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

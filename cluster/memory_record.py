@@ -126,6 +126,8 @@ class Record:
             updated_s=self.updated_s,
             metadata=dict(new.metadata),
             result=dict(self.result),
+            replay_windows=new.replay_windows,
+            num_messages=self.transcript_start + len(self.transcript),
         )
 
 

@@ -151,8 +151,6 @@ class MemoryStore:
         record = self._written(commit.tenant, commit.conversation_id)
         if record.ended != (commit.fence, "commit"):
             running = self._fenced(record, commit.fence)
-            if not running.agrees(commit.output_ids):
-                raise Fenced(commit.conversation_id)
             reply_start = record.replay.token_count + len(running.input_ids)
             self._advance(record, running, commit)
             record.turn += 1
@@ -212,7 +210,8 @@ class MemoryStore:
             record.replay = ReplayLog(NO_IDS, NO_IDS, 0)
             record.epoch = self._next_epoch(record, now_s)
             record.expires_s = now_s + self._limits.ttl_s
-            record.prune(self._limits)
+            # Token indices start anew: the newest reply is kept by itself.
+            record.results = [replace(one, reply_start=-1) for one in record.results[:1]]
         return record.view(now_s)
 
     async def pulse(self) -> str:

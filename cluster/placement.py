@@ -4,6 +4,7 @@
     owner alive, full        -> wait for it, at most `max_wait_s`; never a second copy elsewhere
     owner gone, or none yet  -> the replica with most free kv_slots; once all are used, of those with an
                                 idle slot the one with least to do
+    just seen dead           -> as if gone, unless no other replica is left
 
 Placement gives affinity only. Exclusivity is the store's (`begin` and its fence).
 """
@@ -74,10 +75,14 @@ class Placement:
         owners: Iterable[str],
         replicas: Iterable[ReplicaView],
         waited_s: float,
+        avoid: str = "",
     ) -> Decision:
         """Where the turn goes. `owners` are the owners known, most trusted first ("" is skipped);
-        `replicas` are those alive, each once; a replica that is not among them is dead."""
+        `replicas` are those alive, each once; a replica that is not among them is dead. `avoid` was
+        seen dead by the caller ("" for none)."""
         alive = {view.replica: view for view in replicas if not view.draining}
+        if len(alive) > 1:
+            alive.pop(avoid, None)
         known = [owner for owner in owners if owner]
         owner = next((owner for owner in known if owner in alive), "")
         if owner and not alive[owner].full:

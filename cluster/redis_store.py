@@ -20,26 +20,40 @@ import numpy as np
 
 from cluster.conversation import (
     BeginTurn,
+    Begun,
+    BusyTurn,
+    Checkpoint,
+    CommittedTurn,
     Conversation,
     Fence,
     Message,
     NewConversation,
     Ownership,
+    Rebase,
+    RememberedTurn,
     ReplayLog,
+    RunningSnapshot,
+    Snapshot,
     TokenIds,
     TurnCommit,
 )
-from cluster.redis_functions import Answer, Argument, FunctionClient, RedisOptions
+from cluster.redis_functions import Answer, Call, FunctionClient, RedisOptions
+from cluster.redis_servers import Argument
 from cluster.store import (
     AlreadyExists,
     Conflict,
     Fenced,
     HistoryMatch,
+    KeyReused,
     ModelChanged,
     NotFound,
+    Quarantined,
+    Recovering,
+    RolledBack,
     StoreError,
     StoreLimits,
     TurnConflict,
+    encode_json,
 )
 
 ORPHAN_AGE_S = 60.0
@@ -59,9 +73,11 @@ class RedisStore:
     async def connect(
         cls, url: str, limits: StoreLimits | None = None, options: RedisOptions | None = None
     ) -> Self:
-        """Connect to redis://, rediss:// or unix:// and load the function library if it is missing
+        """Connect to a URL (see `cluster.redis_servers`) and load the function library if it is missing
         or older. Raises ValueError for another URL, StoreUnavailable, StoreVersionError."""
-        return cls(await FunctionClient.connect(url, options or RedisOptions()), limits)
+        limits = limits or StoreLimits()
+        options = dataclasses.replace(options or RedisOptions(), recovery_s=limits.recovery_s)
+        return cls(await FunctionClient.connect(url, options), limits)
 
     async def create(self, new: NewConversation) -> Conversation:
         metadata = self._limits.check_metadata(new.metadata)
@@ -82,8 +98,8 @@ class RedisStore:
             new.conversation_id,
         )
         suspects = [identifier.decode() for identifier in sample[0]]
-        records = await self._get_all(new.tenant, suspects)
-        await self._delist(new.tenant, [key for key in suspects if key not in records])
+        _, orphans = await self._get_all(new.tenant, suspects)
+        await self._delist(new.tenant, orphans)
         return _conversation(new.conversation_id, answer[0])
 
     async def get(self, tenant: str, conversation_id: str) -> Conversation:
@@ -99,9 +115,9 @@ class RedisStore:
             ids = [identifier.decode() for identifier in answer[0]]
             if not ids:
                 break
-            records = await self._get_all(tenant, ids)
+            records, gone = await self._get_all(tenant, ids)
             found |= records
-            orphans.update(key for key in ids if key not in records)
+            orphans.update(gone)
             after = ids[-1]
         await self._delist(tenant, orphans)
         return tuple(found.values())
@@ -117,23 +133,47 @@ class RedisStore:
         )
         return first, [Message.decode(message) for message in messages]
 
-    async def begin(self, turn: BeginTurn) -> Ownership:
+    async def begin(self, turn: BeginTurn) -> Begun:
         self._limits.check_claim(turn)
-        view, sinks, recent = await self._call(
+        answer = await self._functions.call(
             "begin",
             _keys(turn.conversation_id),
             [
                 *(turn.tenant, turn.replica, turn.fingerprint, turn.nonce),
+                *(turn.key or turn.nonce, turn.request_hash, int(turn.steal)),
                 *(_micros(turn.lease_s), _micros(self._limits.ttl_s)),
                 "" if turn.expect_turn is None else turn.expect_turn,
                 turn.expect_head or "",
+                *(self._limits.max_attempts, self._limits.results_bytes),
                 _pack(turn.input_ids),
             ],
-            turn.conversation_id,
         )
-        conversation = _conversation(turn.conversation_id, view)
-        replay = ReplayLog(_unpack(sinks), _unpack(recent), conversation.token_count)
-        return Ownership(Fence(conversation.epoch, turn.nonce), conversation, replay)
+        match answer:
+            case [b"OK", *claimed]:
+                return _ownership(turn, claimed)
+            case [b"DONE", number, head, reply, result]:
+                return CommittedTurn(number, head.decode(), _unpack(reply), json.loads(result))
+            case [b"BUSY", owner, number, output, remaining]:
+                return BusyTurn(owner.decode(), number, _unpack(output), remaining / 1e6)
+        raise _error(answer, turn.conversation_id)
+
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
+        ttl = _micros(self._limits.ttl_s)
+        calls: Sequence[Call] = [
+            (
+                _keys(one.conversation_id),
+                [
+                    *(one.tenant, one.fence.epoch, one.fence.nonce, _micros(one.lease_s), ttl),
+                    *(one.k, _pack(one.token_ids)),
+                ],
+            )
+            for one in batch
+        ]
+        answers = await self._functions.call_batch("checkpoint", calls) if calls else []
+        return [
+            _refusal(answer, one.conversation_id)
+            for one, answer in zip(batch, answers, strict=True)
+        ]
 
     async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
         await self._call(
@@ -154,26 +194,31 @@ class RedisStore:
             _keys(commit.conversation_id),
             [
                 *(commit.tenant, commit.fence.epoch, commit.fence.nonce, ttl),
-                *(_pack(commit.output_ids), commit.head, commit.history, result),
+                *(_pack(commit.output_ids), 4 * len(commit.output_ids[: commit.reply_tokens])),
+                *(commit.head, commit.history, result, self._limits.results_bytes),
                 *self._transcript_limits(),
                 *(message.encode() for message in commit.messages),
             ],
             commit.conversation_id,
         )
         conversation = _conversation(commit.conversation_id, answer[0])
-        await self._index(conversation)
+        await self._index(conversation, answer[1].decode())
         return conversation
 
-    async def _index(self, conversation: Conversation) -> None:
-        """Remember where the transcript ended. Not knowing it costs a replay, losing a turn is worse."""
-        key = _history_key(conversation.tenant, conversation.history)
+    async def _index(self, conversation: Conversation, previous: str) -> None:
+        """Remember where the transcript ended, instead of its entry at the history `previous`.
+        Not knowing it costs a replay, losing a turn is worse."""
+        tenant, ttl = conversation.tenant, _micros(self._limits.ttl_s)
         entry = json.dumps(_index_entry(conversation, conversation.turn))
-        ttl = _micros(self._limits.ttl_s)
+        calls = [
+            self._call("remember", [_history_key(tenant, conversation.history)], [entry, ttl]),
+            self._call("keep", [_tenant_key(tenant)], [2 * ttl]),
+        ]
+        if previous not in ("", conversation.history):
+            start = json.dumps([conversation.conversation_id])[:-1]
+            calls.append(self._call("forget", [_history_key(tenant, previous)], [start]))
         try:
-            await asyncio.gather(
-                self._call("remember", [key], [entry, ttl]),
-                self._call("keep", [_tenant_key(conversation.tenant)], [2 * ttl]),
-            )
+            await asyncio.gather(*calls)
         except StoreError as error:
             log.warning("turn committed, but its history cannot be matched: %s", error)
 
@@ -185,17 +230,55 @@ class RedisStore:
             conversation_id,
         )
 
+    async def repair(self, snapshot: Snapshot) -> None:
+        last = snapshot.conversation
+        index = _tenant_key(last.tenant)
+        await self._call("enlist", [index], [last.conversation_id, _micros(2 * self._limits.ttl_s)])
+        [previous] = await self._call(
+            "repair",
+            _keys(last.conversation_id),
+            [
+                *_record_fields(snapshot),
+                *(_micros(self._limits.ttl_s), self._limits.results_bytes),
+                *self._transcript_limits(),
+                *_running_fields(snapshot.running),
+                *(snapshot.first_message, len(snapshot.results)),
+                *(part for result in snapshot.results for part in _result_fields(result)),
+                *(message.encode() for message in snapshot.messages),
+            ],
+            last.conversation_id,
+        )
+        if last.turn:
+            await self._index(last, previous.decode())
+
+    async def rebase(self, rebase: Rebase) -> Conversation:
+        [view] = await self._call(
+            "rebase",
+            _keys(rebase.conversation_id),
+            [
+                *(rebase.tenant, rebase.expect_head, rebase.fingerprint),
+                *(rebase.sink_tokens, rebase.window_tokens),
+                *(rebase.replay_windows * rebase.window_tokens, _micros(self._limits.ttl_s)),
+            ],
+            rebase.conversation_id,
+        )
+        return _conversation(rebase.conversation_id, view)
+
+    async def pulse(self) -> str:
+        return await self._functions.pulse()
+
     async def delete(self, tenant: str, conversation_id: str) -> None:
         tries = 0
 
         async def attempt() -> Answer:
             nonlocal tries
             tries += 1
-            return await self._functions.call_once("delete", _keys(conversation_id), [tenant])
+            args: Sequence[Argument] = [tenant, _micros(self._limits.ttl_s)]
+            return await self._functions.call_once("delete", _keys(conversation_id), args)
 
         answer = await self._functions.repeat(attempt)
-        if answer[0] == b"NOT_FOUND" and tries == 1:
-            raise NotFound(conversation_id)
+        if answer[0] != b"OK" and (answer[0] != b"NOT_FOUND" or tries == 1):
+            raise _error(answer, conversation_id)
         await self._delist(tenant, [conversation_id], min_age_s=0.0)
 
     async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
@@ -226,21 +309,21 @@ class RedisStore:
         self, name: str, keys: Sequence[str], args: Sequence[Argument], subject: str = ""
     ) -> Answer:
         """The function's answer without its status word; another status than OK is raised."""
-        status, *answer = await self._functions.call(name, keys, args)
-        if status != b"OK":
-            raise _error(status.decode(), answer, subject)
-        return answer
+        answer = await self._functions.call(name, keys, args)
+        if answer[0] != b"OK":
+            raise _error(answer, subject)
+        return answer[1:]
 
-    async def _get_all(self, tenant: str, ids: Sequence[str]) -> dict[str, Conversation]:
-        """Those that exist, in the order of `ids`."""
+    async def _get_all(
+        self, tenant: str, ids: Sequence[str]
+    ) -> tuple[dict[str, Conversation], Sequence[str]]:
+        """Those that exist, in the order of `ids`; the ids of those that do not."""
         answers = await asyncio.gather(
             *(self._functions.call("get", _keys(key)[:1], [tenant]) for key in ids)
         )
-        return {
-            key: _conversation(key, answer[1])
-            for key, answer in zip(ids, answers, strict=True)
-            if answer[0] == b"OK"
-        }
+        both = list(zip(ids, answers, strict=True))
+        found = {key: _conversation(key, answer[1]) for key, answer in both if answer[0] == b"OK"}
+        return found, [key for key, answer in both if answer[0] == b"NOT_FOUND"]
 
     async def _delist(
         self, tenant: str, ids: Collection[str], min_age_s: float = ORPHAN_AGE_S
@@ -286,18 +369,74 @@ def _unpack(data: bytes) -> TokenIds:
     return np.frombuffer(data, dtype="<i4").astype(np.int32)
 
 
-def _error(status: str, answer: Answer, subject: str) -> StoreError:
-    if status == "CONFLICT":
-        return Conflict(answer[0] / 1e6)
-    if status == "TURN_CONFLICT":
-        return TurnConflict(answer[0], answer[1].decode())
-    kinds: dict[str, type[StoreError]] = {
-        "NOT_FOUND": NotFound,
-        "MODEL_CHANGED": ModelChanged,
-        "FENCED": Fenced,
-        "EXISTS": AlreadyExists,
+def _refusal(answer: Answer | StoreError, subject: str) -> StoreError | None:
+    """One answer to a checkpoint."""
+    if isinstance(answer, StoreError):
+        return answer
+    return None if answer[0] == b"OK" else _error(answer, subject)
+
+
+def _error(answer: Answer, subject: str) -> StoreError:
+    match answer:
+        case [b"CONFLICT", remaining]:
+            return Conflict(remaining / 1e6)
+        case [b"RECOVERING", remaining]:
+            return Recovering(remaining / 1e6)
+        case [b"TURN_CONFLICT", turn, head]:
+            return TurnConflict(turn, head.decode())
+    kinds: dict[bytes, type[StoreError]] = {
+        b"NOT_FOUND": NotFound,
+        b"MODEL_CHANGED": ModelChanged,
+        b"FENCED": Fenced,
+        b"ROLLED_BACK": RolledBack,
+        b"KEY_REUSED": KeyReused,
+        b"QUARANTINED": Quarantined,
+        b"EXISTS": AlreadyExists,
     }
-    return kinds[status](subject)
+    return kinds[answer[0]](subject)
+
+
+def _ownership(turn: BeginTurn, answer: Answer) -> Ownership:
+    """Reads what `ownership` in conversation.lua writes."""
+    view, sinks, recent, input_ids, output_ids, attempt, resumed = answer
+    conversation = _conversation(turn.conversation_id, view)
+    return Ownership(
+        fence=Fence(conversation.epoch, turn.nonce),
+        conversation=conversation,
+        replay=ReplayLog(_unpack(sinks), _unpack(recent), conversation.token_count),
+        input_ids=_unpack(input_ids),
+        output_ids=_unpack(output_ids),
+        attempt=attempt,
+        resumed=bool(resumed),
+    )
+
+
+def _record_fields(snapshot: Snapshot) -> list[Argument]:
+    """The first fields of REPAIR in conversation.lua."""
+    last, replay = snapshot.conversation, snapshot.replay
+    return [
+        *(last.tenant, last.epoch, last.turn, last.fingerprint),
+        *(last.sink_tokens, last.window_tokens, snapshot.replay_windows * last.window_tokens),
+        *(encode_json(last.metadata), replay.token_count, last.head, last.history, last.owner),
+        *(_micros(last.created_s), _micros(last.updated_s), encode_json(last.result)),
+        *(_pack(replay.sink_ids), _pack(replay.recent_ids)),
+    ]
+
+
+def _running_fields(running: RunningSnapshot | None) -> list[Argument]:
+    if running is None:
+        return ["", "", "", b"", b"", 0]
+    return [
+        *(running.nonce, running.key, running.request_hash),
+        *(_pack(running.input_ids), _pack(running.output_ids), _micros(running.lease_s)),
+    ]
+
+
+def _result_fields(result: RememberedTurn) -> list[Argument]:
+    return [
+        *(result.key, result.request_hash, result.turn, result.head, result.reply_start),
+        *(_pack(result.reply_ids), encode_json(result.result), int(result.quarantined)),
+    ]
 
 
 def _conversation(conversation_id: str, view: Answer) -> Conversation:

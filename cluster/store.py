@@ -172,15 +172,16 @@ class StoreLimits:
     def size_of(self, result: RememberedTurn) -> int:
         """What a remembered turn counts against `results_bytes`; its reply is among the replay ids."""
         names = len(result.key.encode()) + len(result.request_hash.encode())
-        return len(_json(result.result)) + names + 100
+        return len(encode_json(result.result)) + names + 100
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def encode_json(value: dict[str, Any]) -> bytes:
+    """As metadata and results are stored."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
 
 
 def _bounded_json(name: str, value: dict[str, Any], limit: int) -> bytes:
-    data = _json(value)
+    data = encode_json(value)
     if len(data) > limit:
         raise ValueError(f"{name} takes {len(data)} bytes as JSON, at most {limit} are stored")
     return data
@@ -260,8 +261,8 @@ class ConversationStore(Protocol):
     async def commit(self, commit: TurnCommit) -> Conversation:
         """End the running turn: advance turn, token count, hash, replay ids and transcript, index its
         history hash in place of the last one, keep the owner for affinity, remember the reply under
-        the turn's key. Raises NotFound (deleted), RolledBack, Fenced (also when the output contradicts
-        what is stored of it)."""
+        the turn's key. The output as committed may end otherwise than the tokens as sampled that were
+        checkpointed (a stop string, the closing ids). Raises NotFound (deleted), RolledBack, Fenced."""
         ...
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:

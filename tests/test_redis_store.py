@@ -29,6 +29,7 @@ from tests.store_contract import ANN, LEASE_S, claim, commit_of, new_conversatio
 from tests.store_envs import RedisEnv
 from tests.valkey_fixture import ValkeyServer, start_valkey
 
+NO_RECOVERY = StoreLimits(recovery_s=0.0)
 QUICK = RedisOptions(timeout_s=0.2, attempts=2, backoff_s=0.01)
 
 
@@ -96,11 +97,13 @@ async def test_many_replicas_start_at_once(redis_url: str) -> None:
 
 
 async def test_a_server_that_lost_the_library_gets_it_back(
-    store: RedisStore, admin: redis.Redis
+    redis_url: str, admin: redis.Redis
 ) -> None:
+    store = await RedisStore.connect(redis_url, NO_RECOVERY)
     record = await store.create(new_conversation())
     admin.function_flush()
     assert (await run_turn(store, record)).turn == 1
+    await store.close()
 
 
 async def test_a_fault_in_the_library_is_not_an_outage(
@@ -179,7 +182,7 @@ async def test_no_server() -> None:
 
 
 async def test_a_restarted_server_is_found_again(own_server: ValkeyServer) -> None:
-    store = await RedisStore.connect(own_server.url, options=QUICK)
+    store = await RedisStore.connect(own_server.url, NO_RECOVERY, QUICK)
     await store.create(new_conversation())
     own_server.process.kill()
     own_server.process.wait()
@@ -306,13 +309,16 @@ async def test_every_key_expires_and_a_conversation_shares_a_hash_tag(
         assert limits.ttl_s / 2 < remaining_s <= limits.ttl_s * 2
 
 
-async def test_a_deleted_conversation_leaves_only_its_history_entries_to_expire(
+async def test_a_deleted_conversation_leaves_what_expires(
     store: RedisStore, admin: redis.Redis
 ) -> None:
     record = await store.create(new_conversation())
     await run_turn(store, record)
     await store.delete(ANN, record.conversation_id)
-    assert [key for key in admin.scan_iter() if b"sinkserve:history:" not in key] == []
+    keys = [key for key in admin.scan_iter() if b"sinkserve:history:" not in key]
+    assert keys == [f"sinkserve:{{{record.conversation_id}}}:rec".encode()]
+    assert set(admin.hgetall(keys[0])) == {b"gone"}
+    assert admin.pttl(keys[0]) > 0
 
 
 async def test_the_record_has_the_last_word_over_the_index(
