@@ -13,19 +13,25 @@ from typing import Any, Protocol
 from cluster.store import ConversationStore, StoreError
 from deployments import openai_reply as reply
 from deployments.auth import DEFAULT_TENANT
+from deployments.conversation_records import ChatCodec, FrontConfig
 from deployments.errors import ErrorInfo, ServiceError
+from deployments.failover import EngineClient, FailoverPolicy, FailoverTurns
 from deployments.metrics import ServiceMetrics
-from deployments.open_turn import EngineClient, OpenTurn
+from deployments.open_turn import OpenTurn
 from deployments.openai_schema import (
+    NO_HEADERS,
     ChatRequest,
+    TurnHeaders,
     check_conversation_id,
     parse_chat,
     parse_create,
 )
+from deployments.rejoin import FollowedReply, Rejoiner
 from deployments.store_errors import store_errors
 from deployments.strict_json import check_object, refuse
 from deployments.turn_call import ReplicaStats
-from deployments.turn_opening import ChatCodec, FrontConfig, TurnOpener
+from deployments.turn_identity import EventId, check_event_id
+from deployments.turn_opening import TurnOpener
 
 __all__ = ["ChatCodec", "ChatService", "FrontConfig", "ReplicaClient"]
 
@@ -56,22 +62,46 @@ class ChatService:
         codec: ChatCodec,
         engine: ReplicaClient,
         metrics: ServiceMetrics | None = None,
+        failover: FailoverPolicy | None = None,
     ) -> None:
         self.config = config
         self.metrics = metrics or ServiceMetrics()
         self._store = store
         self._engine = engine
-        self._opener = TurnOpener(config, store, codec, engine, self.metrics)
+        turns = FailoverTurns(engine, failover, self.metrics.turn_called_again)
+        self._opener = TurnOpener(config, store, codec, turns, self.metrics)
+        self._rejoiner = Rejoiner(config, store, codec, engine, self.metrics)
 
-    def parse(self, body: object) -> ChatRequest:
+    def parse(self, body: object, headers: TurnHeaders = NO_HEADERS) -> ChatRequest:
         """A body as Python values -> a valid request for a model that is served here."""
-        request = parse_chat(check_object(body, self.config.max_body_bytes), self.config.limits)
+        tree = check_object(body, self.config.max_body_bytes)
+        request = parse_chat(tree, self.config.limits, headers)
         self._check_model(request.model)
         return request
 
     async def open_turn(self, request: ChatRequest, tenant: str) -> OpenTurn:
         """Returns once a replica has accepted the turn. The caller reads it or closes it."""
         return await self._opener.open(request, tenant)
+
+    async def rejoin(
+        self, conversation_id: str, tenant: str = DEFAULT_TENANT, after: EventId | None = None
+    ) -> FollowedReply:
+        """The reply that is being written, or else the last one; without what came up to `after`."""
+        check_conversation_id(conversation_id, "conversation_id")
+        return await self._rejoiner.open(tenant, conversation_id, after)
+
+    async def rejoin_stream(
+        self, conversation_id: str, tenant: str = DEFAULT_TENANT, after: str = ""
+    ) -> AsyncGenerator[Json, None]:
+        """The same as `chat.completion.chunk` objects; `after` is the `event_id` of the last one seen."""
+        event = check_event_id(after, "after") if after else None
+        turn = await self.rejoin(conversation_id, tenant, event)
+        try:
+            async with contextlib.aclosing(turn.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            await turn.close()
 
     async def chat(self, body: object, tenant: str = DEFAULT_TENANT) -> Json:
         """A `chat.completion`."""
@@ -84,7 +114,8 @@ class ChatService:
     async def chat_stream(
         self, body: object, tenant: str = DEFAULT_TENANT
     ) -> AsyncGenerator[Json, None]:
-        """`chat.completion.chunk` objects; `stream` is implied."""
+        """`chat.completion.chunk` objects; `stream` is implied. Each has an `event_id`: with it as
+        `last_event_id`, the same body and `idempotency_key` get what follows."""
         checked = check_object(body, self.config.max_body_bytes)
         request = self.parse({"stream": True, **checked})
         if not request.stream:

@@ -20,7 +20,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from cluster.placement import Overloaded, OwnerTable, Placed, Placement, ReplicaView
 from deployments.errors import ErrorInfo, ServiceError
-from deployments.turn_call import TurnCall
+from deployments.failover import replica_lost_info
+from deployments.turn_call import FollowCall, TurnCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class ConversationRouter(RequestRouter):
     def _decide(self, pending_request: PendingRequest) -> RunningReplica | None:
         """Ask the policy. None means wait; raises ServiceError `overloaded`."""
         call = _turn_call(pending_request)
+        if isinstance(call, FollowCall):
+            return self._owner_alone(call)
         conversation_id = call.conversation_id if call else pending_request.metadata.session_id
         key = conversation_id or pending_request.metadata.internal_request_id
         now_s = self._event_loop.time()
@@ -87,7 +90,9 @@ class ConversationRouter(RequestRouter):
         owners = [call.owner_hint if call else "", self._table.owner(key)]
         by_name = {r.replica_id.unique_id: r for r in self._replicas_list}
         views = self._views(now_s)
-        decision = self._placement.decide(key, owners, views, self._waited_s(pending_request))
+        waited_s = self._waited_s(pending_request)
+        avoid = call.avoid if call else ""
+        decision = self._placement.decide(key, owners, views, waited_s, avoid)
         if isinstance(decision, Placed):
             if conversation_id:
                 self._table.record(conversation_id, decision, now_s)
@@ -97,6 +102,13 @@ class ConversationRouter(RequestRouter):
                 ErrorInfo("overloaded", "Every turn this conversation's replica can take is in use")
             )
         return None
+
+    def _owner_alone(self, call: FollowCall) -> RunningReplica:
+        """Nobody else has the turn. Raises ServiceError `replica_lost`."""
+        for replica in self._replicas_list:
+            if replica.replica_id.unique_id == call.owner_hint:
+                return replica
+        raise ServiceError(replica_lost_info())
 
     def _views(self, now_s: float) -> list[ReplicaView]:
         known = [int(r.routing_stats.get("free_slots", 0)) for r in self._replicas_list]
@@ -144,6 +156,6 @@ class ConversationRouter(RequestRouter):
         return max(0.0, float(self._get_curr_time_s()) - pending_request.created_at)
 
 
-def _turn_call(pending_request: PendingRequest) -> TurnCall | None:
+def _turn_call(pending_request: PendingRequest) -> TurnCall | FollowCall | None:
     values = (*pending_request.args, *pending_request.kwargs.values())
-    return next((value for value in values if isinstance(value, TurnCall)), None)
+    return next((value for value in values if isinstance(value, (TurnCall, FollowCall))), None)

@@ -43,6 +43,9 @@ class ServiceMetrics:
         self._abandoned = counter(
             "turns_abandoned", "Accepted turns that failed or were cancelled."
         )
+        self._called_again = counter(
+            "turn_failovers", "Calls of a replica that broke off and were made again.", "code"
+        )
         self._first_token = histogram("first_token_seconds", "Call of a replica to first token.")
         self._turn_seconds = histogram("turn_seconds", "Call of a replica to commit.")
         self._running = Gauge(
@@ -66,6 +69,9 @@ class ServiceMetrics:
 
     def turn_abandoned(self) -> None:
         self._abandoned.labels(self._ingress).inc()
+
+    def turn_called_again(self, code: str) -> None:
+        self._called_again.labels(self._ingress, code).inc()
 
     def first_token(self, seconds: float) -> None:
         self._first_token.labels(self._ingress).observe(seconds)

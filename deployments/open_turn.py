@@ -5,37 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deployments import openai_reply as reply
 from deployments.errors import ErrorInfo, ServiceError
+from deployments.failover import replica_lost_info
 from deployments.metrics import ServiceMetrics
-from deployments.turn_call import (
-    TurnAccepted,
-    TurnCall,
-    TurnDone,
-    TurnItem,
-    TurnRefused,
-    TurnTokens,
-)
+from deployments.turn_call import TurnAccepted, TurnDone, TurnItem, TurnRefused, TurnTokens
+from deployments.turn_identity import EventId
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-
-
-class EngineClient(Protocol):
-    """The replicas, as the ingress sees them."""
-
-    def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
-        """TurnAccepted, TurnTokens..., TurnDone; or TurnRefused at any point, which is then the last.
-
-        Closing or cancelling the generator cancels the turn. Raises ServiceError (replica_lost,
-        overloaded, not_ready) when no replica can be had or the one at work is gone.
-        """
-        ...
 
 
 class TextStream(Protocol):
@@ -48,27 +31,31 @@ class TextStream(Protocol):
         ...
 
 
-def replica_lost_info() -> ErrorInfo:
-    """Whoever loses sight of a replica cannot know how its turn ended."""
-    message = (
-        "The replica went away during the turn; read the conversation to see what is committed."
-    )
-    return ErrorInfo("replica_lost", message)
-
-
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How the ids of one reply become text: a fresh stream, and the bytes of single tokens."""
+    """How the ids of one reply become text: a fresh stream, the text of all its ids, the bytes of one.
+    The client has seen the first `seen_chars` characters of the text already; `may_cut`: a stop string
+    may end the reply."""
 
     text: TextStream
+    decode: Callable[[Sequence[int]], str]
     token_bytes: Callable[[int], bytes]
+    may_cut: bool = False
+    seen_chars: int = 0
 
 
 class TurnItems:
-    """The items of one turn under one deadline. Use `start`, then `next` until TurnDone, then `close`."""
+    """The items of one turn under one deadline. Use `start`, then `next` until TurnDone, then `close`.
 
-    def __init__(self, items: AsyncGenerator[TurnItem, None], timeout_s: float) -> None:
+    `is_first` is False for a turn that another request has started: metrics count it once.
+    """
+
+    def __init__(
+        self, items: AsyncGenerator[TurnItem, None], timeout_s: float, is_first: bool = True
+    ) -> None:
+        self.is_first = is_first
         self._items = items
+        self._peeked: TurnAccepted | TurnTokens | TurnDone | None = None
         self.called_s = time.monotonic()
         self._deadline = asyncio.get_running_loop().time() + timeout_s
 
@@ -79,8 +66,16 @@ class TurnItems:
             raise ServiceError(ErrorInfo("internal_error", "The replica skipped its acceptance."))
         return item
 
+    async def peek(self) -> TurnAccepted | TurnTokens | TurnDone:
+        """What `next` will return."""
+        self._peeked = await self.next()
+        return self._peeked
+
     async def next(self) -> TurnAccepted | TurnTokens | TurnDone:
         """Raises ServiceError when the turn is refused, late or cut short."""
+        if self._peeked is not None:
+            peeked, self._peeked = self._peeked, None
+            return peeked
         try:
             async with asyncio.timeout_at(self._deadline):
                 item = await anext(self._items)
@@ -100,12 +95,17 @@ class TurnItems:
         return item
 
     async def close(self) -> None:
-        """Cancels the turn unless it is over; idempotent."""
+        """Leaves the turn, which is cancelled unless others read it or it is to finish; idempotent."""
         await self._items.aclose()
 
 
+_UNKNOWN_EVENT = ErrorInfo(
+    "invalid_value", "The reply has fewer characters than Last-Event-ID says.", "last_event_id"
+)
+
+
 class OpenTurn:
-    """Read it once, by `chunks` or by `completion`. Whatever happens, `close` ends the turn.
+    """Read it once, by `chunks` or by `completion`. Whatever happens, `close` leaves it.
 
     Raises ServiceError from either for a turn that fails after it was accepted.
     """
@@ -128,22 +128,29 @@ class OpenTurn:
         self._shown_logprobs = 0
         self._logprob_bytes = 0
         self._shown_bytes = 0
+        self._text: list[str] = []
+        self._num_chars = 0
         self._done: TurnDone | None = None
         self._closed = False
         metrics.turn_started()
 
     async def chunks(self, usage: reply.StreamUsage = "none") -> AsyncGenerator[Json, None]:
-        """`chat.completion.chunk` objects. The last one before the usage has the finish_reason."""
+        """`chat.completion.chunk` objects, each with the `event_id` to go on after. The last one before
+        the usage has the finish_reason."""
         try:
+            self._num_chars = self._decoding.seen_chars
             yield self._chunk(reply.first_chunk(self.head), usage)
+            self._num_chars = 0
             async for text in self._texts():
-                piece = reply.chunk(self.head, {"content": text}, self._logprobs_of(text))
-                yield self._chunk(piece, usage)
+                logprobs = self._logprobs_of(text)
+                yield self._chunk(reply.chunk(self.head, {"content": text}, logprobs), usage)
             done = self._committed()
+            if self._num_chars < self._decoding.seen_chars:
+                raise ServiceError(_UNKNOWN_EVENT)
             last = reply.last_chunk(self.head, done, self._last_logprobs(done))
             yield self._chunk(last, usage)
             if usage != "none":
-                yield reply.usage_chunk(self.head, done)
+                yield {**reply.usage_chunk(self.head, done), "event_id": self._event_id()}
         finally:
             await self.close()
 
@@ -158,7 +165,7 @@ class OpenTurn:
             await self.close()
 
     async def close(self) -> None:
-        """Cancels the turn unless it is committed; idempotent."""
+        """Leaves the turn unless it is committed; idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -171,24 +178,45 @@ class OpenTurn:
             self._on_close(self._done is not None)
 
     async def _texts(self) -> AsyncGenerator[str, None]:
-        """Pieces of text, none empty. Sets `_done`."""
+        """Pieces of text that the client has not seen, none empty. Sets `_done`."""
         while self._done is None:
             item = await self._items.next()
             if isinstance(item, TurnTokens):
                 text = self._take(item)
             elif isinstance(item, TurnDone):
+                text = self._rest(item)
                 self._done = item
-                self.metrics.turn_done(item, time.monotonic() - self._items.called_s)
-                text = self._decoding.text.finish()
+                if self._items.is_first:
+                    self.metrics.turn_done(item, time.monotonic() - self._items.called_s)
             else:
                 raise ServiceError(ErrorInfo("internal_error", "The replica accepted twice."))
-            if text:
-                yield text
+            self._text.append(text)
+            seen = min(len(text), max(0, self._decoding.seen_chars - self._num_chars))
+            self._num_chars += len(text)
+            if seen:
+                self._logprobs_of(text[:seen])
+            if text[seen:]:
+                yield text[seen:]
+
+    def _rest(self, done: TurnDone) -> str:
+        """What of the committed reply has not been shown: mostly what the stream held back, more if
+        the turn was committed by a replica that could not say so."""
+        held = self._decoding.text.finish()
+        shown = "".join(self._text)
+        whole = self._decoding.decode(done.output_ids.tolist())
+        if whole.startswith(shown):
+            return whole[len(shown) :]
+        if self._decoding.may_cut and len(self._token_ids) >= len(done.output_ids):
+            # A tokenizer that normalises text can have no ids for exactly the text before the cut.
+            return held
+        log.error("turn %d: the text shown is not what was committed", done.turn)
+        message = "The reply was committed with another text than was shown; read the conversation."
+        raise ServiceError(ErrorInfo("internal_error", message))
 
     def _take(self, tokens: TurnTokens) -> str:
         if tokens.k != len(self._token_ids):
             raise ServiceError(ErrorInfo("internal_error", "The replica lost or repeated tokens."))
-        if tokens.k == 0 and tokens.token_ids:
+        if tokens.k == 0 and tokens.token_ids and self._items.is_first:
             self.metrics.first_token(time.monotonic() - self._items.called_s)
         self._token_ids.extend(tokens.token_ids)
         self._logprobs.extend(tokens.logprobs)
@@ -223,7 +251,11 @@ class OpenTurn:
         self._shown_logprobs = max(self._shown_logprobs, end)
         return reply.logprobs_block(fresh, self._decoding.token_bytes) if fresh else None
 
+    def _event_id(self) -> str:
+        return str(EventId(self.head.turn, self._num_chars))
+
     def _chunk(self, piece: Json, usage: reply.StreamUsage) -> Json:
+        piece["event_id"] = self._event_id()
         if usage == "none":
             return piece
         counts = reply.running_usage(self.head.prompt_tokens, len(self._token_ids))

@@ -53,9 +53,16 @@ def first_chunk(head: ReplyHead) -> Json:
 
 def last_chunk(head: ReplyHead, done: TurnDone, logprobs: Json | None = None) -> Json:
     """Carries finish_reason and the conversation's new ETag."""
+    return end_chunk(head, done.finish_reason, conversation_block(head, done), logprobs)
+
+
+def end_chunk(
+    head: ReplyHead, finish_reason: str, conversation: Json, logprobs: Json | None = None
+) -> Json:
+    """The same of a turn whose `conversation` block is known."""
     ended = chunk(head, {}, logprobs)
-    ended["choices"][0]["finish_reason"] = done.finish_reason
-    return {**ended, "conversation": conversation_block(head, done)}
+    ended["choices"][0]["finish_reason"] = finish_reason
+    return {**ended, "conversation": conversation}
 
 
 def usage_chunk(head: ReplyHead, done: TurnDone) -> Json:

@@ -10,32 +10,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.conversation import CONVERSATION_ID, Message
 from deployments.openai_reply import StreamUsage
-from deployments.strict_json import (
-    Fields,
-    Tree,
-    child,
-    json_type,
-    number,
-    refuse,
-    wrong_type,
+from deployments.openai_sampling import (
+    RequestLimits,
+    read_max_tokens,
+    read_sampling,
+    read_stops,
 )
-from engine.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from deployments.strict_json import Fields, Tree, child, json_type, refuse, wrong_type
+from deployments.turn_call import OnDisconnect
+from deployments.turn_identity import EventId, body_hash, check_event_id, check_key
+from engine.sampling import SamplingParams
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_LOGIT_BIAS = 1024
 MAX_LABEL_CHARS = 512
 MAX_METADATA = 16
 MAX_METADATA_BYTES = 14 * 1024
 MAX_OPENING_MESSAGES = 64
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_LEAVING: dict[str, OnDisconnect] = {"cancel": "cancel", "finish": "finish"}
 _ETAG = re.compile(r'"([0-9a-f]{64})"\Z')
 
 # Fields honoured by value: what is accepted, and why nothing else is.
@@ -68,6 +65,7 @@ _READ = frozenset(
     | {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"}
     | {"frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "ignore_eos"}
     | {"metadata", "conversation", "expect_turn"}
+    | {"idempotency_key", "last_event_id", "on_disconnect"}
 )
 _NOT_OF_TEXT = (
     "refusal",
@@ -84,20 +82,13 @@ CHAT_FIELDS = _READ | frozenset(_ONLY) | frozenset(_LABELS)
 
 
 @dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """What a request may ask for. Token counts; `sampling` holds the defaults of this service."""
-
-    vocab_size: int
-    default_max_tokens: int = 512
-    max_output_tokens: int = 4096
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-
-
-@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A valid request. `messages` have roles system, user or assistant and end with the user's.
 
-    `conversation_id` set: they are the new messages; None: they are the whole history.
+    `conversation_id` set: they are the new messages; None: they are the whole history. `key` is the
+    client's idempotency key ("" for none) and `body_hash` what the request asks for; without
+    `has_seed` the seed in `sampling` means nothing. `last_event` is the last one the client has of the
+    stream that it rejoins.
     """
 
     model: str
@@ -112,6 +103,29 @@ class ChatRequest:
     conversation_id: str | None = None
     expect_turn: int | None = None
     expect_head: str | None = None
+    has_seed: bool = False
+    key: str = ""
+    body_hash: str = ""
+    on_disconnect: OnDisconnect | None = None
+    last_event: EventId | None = None
+
+    @property
+    def when_left(self) -> OnDisconnect:
+        """What a closed connection does: who brought a key is expected back."""
+        return self.on_disconnect or ("finish" if self.key else "cancel")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnHeaders:
+    """The headers that say something about a turn, as sent; None where absent."""
+
+    conversation: str | None = None
+    if_match: str | None = None
+    idempotency_key: str | None = None
+    last_event_id: str | None = None
+
+
+NO_HEADERS = TurnHeaders()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +136,12 @@ class CreateRequest:
     metadata: dict[str, str]
 
 
-def parse_chat(body: Tree, limits: RequestLimits) -> ChatRequest:
-    """Parse a tree that passed `strict_json`. Raises ServiceError."""
+def parse_chat(body: Tree, limits: RequestLimits, headers: TurnHeaders = NO_HEADERS) -> ChatRequest:
+    """Parse a tree that passed `strict_json`, and the headers it came with. Raises ServiceError."""
+    return _apply_headers(_parse_body(body, limits), headers)
+
+
+def _parse_body(body: Tree, limits: RequestLimits) -> ChatRequest:
     fields = Fields(body, "", CHAT_FIELDS)
     for name, (accepted, reason) in _ONLY.items():
         _check_only(fields, name, accepted, reason)
@@ -140,21 +158,28 @@ def parse_chat(body: Tree, limits: RequestLimits) -> ChatRequest:
         refuse("unsupported_value", "The last message must be the user's.", where)
     stream = fields.boolean("stream")
     conversation_id = _conversation(fields)
+    key = fields.text("idempotency_key")
+    last_event = fields.text("last_event_id")
     expect_turn = fields.integer("expect_turn", 0, 2**53)
     if expect_turn is not None and conversation_id is None:
         refuse("invalid_value", "expect_turn needs a conversation.", "expect_turn")
     return ChatRequest(
         model=model,
         messages=messages,
-        sampling=_sampling(fields, limits),
-        max_tokens=_max_tokens(fields, limits),
-        stop=_stops(fields.value("stop")),
+        sampling=read_sampling(fields, limits),
+        max_tokens=read_max_tokens(fields, limits),
+        stop=read_stops(fields.value("stop")),
         ignore_eos=fields.boolean("ignore_eos"),
         stream=stream,
         usage=_stream_usage(fields, stream),
         metadata=_metadata(fields),
         conversation_id=conversation_id,
         expect_turn=expect_turn,
+        has_seed=fields.value("seed") is not None,
+        key="" if key is None else check_key(key, "idempotency_key"),
+        body_hash=body_hash(body),
+        on_disconnect=_on_disconnect(fields),
+        last_event=None if last_event is None else check_event_id(last_event, "last_event_id"),
     )
 
 
@@ -172,24 +197,36 @@ def parse_create(body: Tree) -> CreateRequest:
     return CreateRequest(messages, _metadata(fields))
 
 
-def apply_headers(
-    request: ChatRequest, conversation: str | None, if_match: str | None
-) -> ChatRequest:
-    """Take `X-Conversation-Id` and `If-Match` into the request. Raises ServiceError."""
-    if conversation is not None:
-        check_conversation_id(conversation, "X-Conversation-Id")
-        if request.conversation_id not in (None, conversation):
-            message = "The X-Conversation-Id header names another conversation than the body."
-            refuse("invalid_value", message, "conversation")
-        request = dataclasses.replace(request, conversation_id=conversation)
-    if if_match is None:
-        return request
-    etag = _ETAG.fullmatch(if_match.strip())
-    if etag is None:
-        refuse("invalid_value", "If-Match must be one ETag as given in a reply.", "If-Match")
-    if request.conversation_id is None:
+def _apply_headers(request: ChatRequest, headers: TurnHeaders) -> ChatRequest:
+    """What a header says must not contradict the body."""
+    changes: dict[str, Any] = {}
+    if headers.conversation is not None:
+        named = check_conversation_id(headers.conversation, "X-Conversation-Id")
+        changes["conversation_id"] = _same(request.conversation_id, named, "conversation")
+    if headers.idempotency_key is not None:
+        key = check_key(headers.idempotency_key, "Idempotency-Key")
+        changes["key"] = _same(request.key or None, key, "idempotency_key")
+    if headers.last_event_id is not None:
+        seen = check_event_id(headers.last_event_id, "Last-Event-ID")
+        changes["last_event"] = _same(request.last_event, seen, "last_event_id")
+    if headers.if_match is not None:
+        etag = _ETAG.fullmatch(headers.if_match.strip())
+        if etag is None:
+            refuse("invalid_value", "If-Match must be one ETag as given in a reply.", "If-Match")
+        changes["expect_head"] = etag.group(1)
+    request = dataclasses.replace(request, **changes)
+    if request.expect_head is not None and request.conversation_id is None:
         refuse("invalid_value", "If-Match needs a conversation.", "If-Match")
-    return dataclasses.replace(request, expect_head=etag.group(1))
+    if request.last_event is not None and not (request.stream and request.key):
+        message = "Only a stream with an idempotency key can be rejoined."
+        refuse("invalid_value", message, "last_event_id")
+    return request
+
+
+def _same(in_body: Any, in_header: Any, name: str) -> Any:
+    if in_body not in (None, in_header):
+        refuse("invalid_value", "A header says otherwise than the body.", name)
+    return in_header
 
 
 def check_conversation_id(value: str, param: str) -> str:
@@ -268,75 +305,11 @@ def _part(value: object, path: str) -> str:
     return text
 
 
-def _sampling(fields: Fields, limits: RequestLimits) -> SamplingParams:
-    given: dict[str, Any] = {
-        "temperature": fields.number("temperature", 0, 2),
-        "top_p": fields.number("top_p", 0, 1),
-        "min_p": fields.number("min_p", 0, 1),
-        "repetition_penalty": fields.number("repetition_penalty", 0.01, 10),
-        "presence_penalty": fields.number("presence_penalty", -2, 2),
-        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "top_k": fields.integer("top_k", -1, limits.vocab_size),
-        "seed": fields.integer("seed", -(2**63), 2**64 - 1),
-        "top_logprobs": fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS),
-        "logprobs": fields.boolean("logprobs"),
-        "logit_bias": _logit_bias(fields, limits.vocab_size),
-    }
-    if given["top_logprobs"] is not None and not given["logprobs"]:
-        refuse("invalid_value", "top_logprobs needs logprobs to be true.", "top_logprobs")
-    if given["top_k"] == -1:
-        given["top_k"] = 0
-    if given["top_p"] == 0:
-        # The nucleus of mass 0 is the one most likely token.
-        given["top_p"], given["top_k"] = None, 1
-    seed = given["seed"]
-    given["seed"] = secrets.randbits(64) if seed is None else seed % 2**64
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(limits.sampling, **chosen)
-
-
-def _logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    members, path = fields.members("logit_bias"), fields.at("logit_bias")
-    if len(members) > MAX_LOGIT_BIAS:
-        refuse("invalid_value", f"At most {MAX_LOGIT_BIAS} tokens.", path)
-    pairs = []
-    for key, value in members.items():
-        where = child(path, key)
-        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
-            message = f"Keys are token ids from 0 to {vocab_size - 1}."
-            refuse("invalid_value", message, where)
-        pairs.append((int(key), number(value, -100, 100, where)))
-    if len({token_id for token_id, _ in pairs}) < len(pairs):
-        refuse("invalid_value", "A token id is given twice.", path)
-    return tuple(sorted(pairs))
-
-
-def _max_tokens(fields: Fields, limits: RequestLimits) -> int:
-    old = fields.integer("max_tokens", 1, limits.max_output_tokens)
-    new = fields.integer("max_completion_tokens", 1, limits.max_output_tokens)
-    if old is not None and new is not None and old != new:
-        refuse("invalid_value", "max_tokens and max_completion_tokens differ.", "max_tokens")
-    chosen = new if new is not None else old
-    return limits.default_max_tokens if chosen is None else chosen
-
-
-def _stops(value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list):
-        refuse("invalid_type", f"Expected a string or an array, got {json_type(value)}.", "stop")
-    if len(listed) > MAX_STOPS:
-        refuse("invalid_value", f"At most {MAX_STOPS} stop strings.", "stop")
-    stops: list[str] = []
-    for index, stop in enumerate(listed):
-        where = "stop" if isinstance(value, str) else child("stop", index)
-        if not isinstance(stop, str):
-            refuse("invalid_type", f"Expected a string, got {json_type(stop)}.", where)
-        if not 1 <= len(stop) <= MAX_STOP_CHARS:
-            refuse("invalid_value", f"Must have 1 to {MAX_STOP_CHARS} characters.", where)
-        stops.append(stop)
-    return tuple(dict.fromkeys(stops))
+def _on_disconnect(fields: Fields) -> OnDisconnect | None:
+    chosen = fields.text("on_disconnect")
+    if chosen is not None and chosen not in _LEAVING:
+        refuse("invalid_value", "Must be cancel or finish.", "on_disconnect")
+    return None if chosen is None else _LEAVING[chosen]
 
 
 def _stream_usage(fields: Fields, stream: bool) -> StreamUsage:

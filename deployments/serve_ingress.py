@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.exceptions import ActorDiedError, RayActorError, RayError, TaskCancelledError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,15 +26,22 @@ from cluster.redis_store import RedisStore
 from deployments.auth import DEFAULT_TENANT, ApiKeys
 from deployments.chat_service import ChatService
 from deployments.config import ServiceConfig, load_config
+from deployments.conversation_records import FrontConfig
 from deployments.engine_files import EngineFiles, locate_engine
 from deployments.errors import ErrorInfo, ServiceError
+from deployments.failover import ReplicaUnreachable, replica_lost_info
 from deployments.ingress import create_app
 from deployments.metrics import ServiceMetrics
-from deployments.open_turn import replica_lost_info
-from deployments.openai_schema import RequestLimits
+from deployments.openai_sampling import RequestLimits
 from deployments.replica import store_limits
-from deployments.turn_call import ReplicaStats, TurnCall, TurnDone, TurnItem, TurnRefused
-from deployments.turn_opening import FrontConfig
+from deployments.turn_call import (
+    FollowCall,
+    ReplicaStats,
+    TurnCall,
+    TurnDone,
+    TurnItem,
+    TurnRefused,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +57,16 @@ class RayReplicas:
         self._handle = handle
         self._turns = handle.options(stream=True)
 
-    async def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
-        """See `deployments.open_turn.EngineClient.turn`."""
+    def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
+        """See `deployments.failover.EngineClient.turn`."""
         # Ray does not pass the session on by itself.
         turns = self._turns.options(session_id=call.conversation_id)
-        items: Any = turns.turn.remote(call)
-        ended = False
-        try:
-            async for item in items:
-                # Whoever has read the last item closes this generator at once.
-                ended = isinstance(item, (TurnDone, TurnRefused))
-                yield item
-            ended = True
-        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
-            ended = isinstance(error, ActorDiedError)
-            raise ServiceError(_ray_error_info(error)) from error
-        finally:
-            if not ended:
-                # Dropping a response does not cancel it.
-                items.cancel()
+        return _items(lambda: turns.turn.remote(call))
+
+    def follow(self, call: FollowCall) -> AsyncGenerator[TurnItem, None]:
+        """See `deployments.failover.EngineClient.follow`."""
+        turns = self._turns.options(session_id=call.conversation_id)
+        return _items(lambda: turns.follow.remote(call))
 
     async def stats(self) -> tuple[ReplicaStats, ...]:
         """Of the replicas that answer in time. Raises ServiceError when none can be asked."""
@@ -73,17 +79,49 @@ class RayReplicas:
         return tuple(answer for answer in answers if isinstance(answer, ReplicaStats))
 
 
-def _ray_error_info(error: Exception) -> ErrorInfo:
+async def _items(call: Callable[[], Any]) -> AsyncGenerator[TurnItem, None]:
+    """The items of a streaming call. Raises ServiceError; leaving it early cancels the call."""
+    items = call()
+    ended = False
+    try:
+        async for item in items:
+            # Whoever has read the last item closes this generator at once.
+            ended = isinstance(item, (TurnDone, TurnRefused))
+            yield item
+        ended = True
+    except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+        # Dead, or perhaps alive and still at work: then it is to go on, for whoever asks again.
+        ended = isinstance(error, RayActorError)
+        raise _service_error(error) from error
+    finally:
+        if not ended:
+            # Dropping a response does not cancel it.
+            items.cancel()
+
+
+def _service_error(error: Exception) -> ServiceError:
     log.warning("turn lost: %s", error)
     match error:
         case BackPressureError():
-            return ErrorInfo("overloaded", "Too many turns are waiting for a replica.")
+            return ServiceError(
+                ErrorInfo("overloaded", "Too many turns are waiting for a replica.")
+            )
         case DeploymentUnavailableError():
-            return ErrorInfo("not_ready", "No replica is running; try again later.")
-        case RayActorError() | TaskCancelledError():
-            return replica_lost_info()
+            info = ErrorInfo("not_ready", "No replica is running; try again later.")
+            return ServiceError(info)
+        case ActorUnavailableError():
+            return ReplicaUnreachable()
+        case (
+            RayActorError()
+            | TaskCancelledError()
+            | NodeDiedError()
+            | ObjectLostError()
+            | WorkerCrashedError()
+        ):
+            return ServiceError(replica_lost_info())
         case _:
-            return ErrorInfo("internal_error", "The replica failed; its log says why.")
+            info = ErrorInfo("internal_error", "The replica failed; its log says why.")
+            return ServiceError(info)
 
 
 class Ingress:
@@ -131,6 +169,17 @@ class Ingress:
     ) -> AsyncGenerator[Json, None]:
         """`chat.completion.chunk` objects; call it with `handle.options(stream=True)`."""
         chunks = self.service.chat_stream(body, tenant)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+
+    async def rejoin_stream(
+        self, conversation_id: str, tenant: str = DEFAULT_TENANT, after: str = ""
+    ) -> AsyncGenerator[Json, None]:
+        """The chunks of a conversation's latest reply that follow `event_id` `after`."""
+        chunks = self.service.rejoin_stream(conversation_id, tenant, after)
         try:
             async for chunk in chunks:
                 yield chunk

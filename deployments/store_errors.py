@@ -9,8 +9,12 @@ from collections.abc import AsyncGenerator
 from cluster.store import (
     Conflict,
     Fenced,
+    KeyReused,
     ModelChanged,
     NotFound,
+    Quarantined,
+    Recovering,
+    RolledBack,
     StoreError,
     TurnConflict,
     TurnTooLong,
@@ -44,14 +48,29 @@ def store_error_info(error: StoreError, conversation_id: str = "") -> ErrorInfo:
             return ErrorInfo("model_changed", MODEL_CHANGED, "conversation")
         case TurnTooLong(tokens=tokens, limit=limit):
             return input_too_long_info(tokens, limit)
+        case KeyReused():
+            return KEY_REUSED
+        case Quarantined():
+            return ErrorInfo("turn_quarantined", QUARANTINED, "conversation")
         case Fenced():
             return ErrorInfo("replica_lost", "Another replica has taken over the conversation.")
+        case Recovering(retry_after_s=retry_after_s):
+            return ErrorInfo("store_recovering", RECOVERING, None, retry_after_s)
+        case RolledBack():
+            return ErrorInfo("store_recovering", RECOVERING)
         case _:
             log.warning("store: %s", error)
             return ErrorInfo("store_unavailable", "The conversation store does not answer.")
 
 
 MODEL_CHANGED = "The conversation was held with another model; start a new one."
+QUARANTINED = "This turn has brought down every replica that ran it; it is not run again."
+RECOVERING = "The conversation store has restarted and is being brought up to date."
+KEY_REUSED = ErrorInfo(
+    "idempotency_key_reused",
+    "This idempotency key was used with another request; make a new one for every request.",
+    "idempotency_key",
+)
 
 
 def turn_conflict_info(turn: int, head: str) -> ErrorInfo:

@@ -1,92 +1,74 @@
 """How a request finds its conversation and gets a replica to accept its turn.
 
 named conversation ------------------------------> continue it
+made earlier under the same idempotency key -----> find its turn there
 whole history, matched and idle -----------------> continue it with what is new
+... that moved on, perhaps for the same key -----> ask there first
 whole history, no match, or the match moved on --> new conversation, first turn = all of it
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import secrets
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from cluster.conversation import (
-    GENESIS,
-    Conversation,
-    Message,
-    NewConversation,
-    TokenIds,
-    history_hash,
-    new_conversation_id,
-)
-from cluster.store import ConversationStore, NotFound, StoreError
+from cluster.conversation import GENESIS, Conversation, Message, TokenIds, new_conversation_id
+from cluster.store import AlreadyExists, ConversationStore, HistoryMatch, NotFound
 from deployments import openai_reply as reply
-from deployments.errors import ErrorInfo, ServiceError
-from deployments.metrics import ServiceMetrics
-from deployments.open_turn import Decoding, EngineClient, OpenTurn, TextStream, TurnItems
-from deployments.openai_schema import MAX_OPENING_MESSAGES, ChatRequest, RequestLimits
-from deployments.store_errors import (
-    MODEL_CHANGED,
-    input_too_long_info,
-    store_errors,
-    turn_conflict_info,
+from deployments.conversation_records import (
+    MAX_OPENING_BYTES,
+    ChatCodec,
+    ConversationRecords,
+    FrontConfig,
+    hash_all,
+    leading_system,
 )
-from deployments.turn_call import TurnCall
+from deployments.errors import ErrorInfo, ServiceError
+from deployments.failover import FailoverTurns
+from deployments.metrics import ServiceMetrics
+from deployments.open_turn import Decoding, OpenTurn, TurnItems
+from deployments.openai_schema import ChatRequest
+from deployments.store_errors import KEY_REUSED, store_errors, turn_conflict_info
+from deployments.turn_call import TurnAccepted, TurnCall, TurnDone
+from deployments.turn_identity import (
+    completion_id_of,
+    conversation_id_of,
+    new_key,
+    request_hash,
+    seed_of,
+)
 
-log = logging.getLogger(__name__)
-
-MIN_SINK_TOKENS = 4
 _FORK_ON = frozenset(
     {"conversation_busy", "turn_conflict", "model_changed", "conversation_not_found"}
 )
 _MAX_REREADS = 3
-_THREAD_ABOVE_CHARS = 16_384
-_MAX_OPENING_BYTES = 512 * 1024
-
-
-class ChatCodec(Protocol):
-    """Messages to token ids and back, by the model's chat template (see deployments.text)."""
-
-    def encode_opening(self, messages: Sequence[Message]) -> TokenIds:
-        """A first turn: prefix, messages, up to where the reply starts. int32."""
-        ...
-
-    def encode_turn(self, messages: Sequence[Message]) -> TokenIds:
-        """A later turn: the messages after a closed reply, up to where the next one starts. int32."""
-        ...
-
-    def pinned_tokens(self, messages: Sequence[Message]) -> int:
-        """Length of the prefix to pin: what comes before the first message that is not the system's."""
-        ...
-
-    def text_stream(self, stop: Sequence[str]) -> TextStream: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
+_UNKNOWN_HEAD = ""
 
 
 @dataclass(frozen=True, slots=True)
-class FrontConfig:
-    """Fixed facts and limits of the front. Sizes in tokens unless named otherwise.
+class _Asked:
+    """A request as it is opened: `key` is the client's or a new one."""
 
-    `models` are the names requests may use, the canonical one first; `capacity` is S + R. A client
-    that reads nothing of its stream for `stall_timeout_s` is given up.
-    """
+    request: ChatRequest
+    tenant: str
+    key: str
 
-    models: tuple[str, ...]
-    fingerprint: str
-    capacity: int
-    limits: RequestLimits
-    replay_windows: int = 4
-    max_input_tokens: int = 32_768
-    max_body_bytes: int = 4 << 20
-    turn_timeout_s: float = 600.0
-    stall_timeout_s: float = 60.0
-    created_s: int = field(default_factory=lambda: int(time.time()))
+    @property
+    def retriable(self) -> bool:
+        """Whether the client can ask for the same turn again."""
+        return bool(self.request.key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A turn to be asked for: on top of `record`, with the messages that are new to it."""
+
+    record: Conversation
+    fresh: tuple[Message, ...]
+    input_ids: TokenIds
+    is_new: bool = False
 
 
 class TurnOpener:
@@ -97,57 +79,55 @@ class TurnOpener:
         config: FrontConfig,
         store: ConversationStore,
         codec: ChatCodec,
-        engine: EngineClient,
+        turns: FailoverTurns,
         metrics: ServiceMetrics,
     ) -> None:
         self._config = config
         self._store = store
         self._codec = codec
-        self._engine = engine
+        self._turns = turns
         self._metrics = metrics
-        self._chores: set[asyncio.Task[None]] = set()
+        self._records = ConversationRecords(config, store, codec)
 
     async def open(self, request: ChatRequest, tenant: str) -> OpenTurn:
         """Returns once a replica has accepted the turn."""
+        asked = _Asked(request, tenant, request.key or new_key())
         if request.conversation_id is not None:
-            return await self._open_named(request, request.conversation_id, tenant)
-        record, fresh = await self._match(request.messages, tenant)
-        if record is not None:
-            try:
-                return await self._continue(request, record, fresh)
-            except ServiceError as error:
-                if error.info.code not in _FORK_ON:
-                    raise
-        return await self._start_new(request, tenant)
+            return await self._open_named(asked, request.conversation_id)
+        made = await self._made_before(asked) if asked.retriable else None
+        turn = await (self._open_matched(asked) if made is None else self._open_made(asked, made))
+        return turn or await self._start_new(asked)
 
     async def create(
         self, messages: tuple[Message, ...], metadata: dict[str, str], tenant: str
     ) -> Conversation:
         """A conversation whose first turn will begin with `messages`."""
         # The store's transcript, from which the first turn is encoded, is bounded.
-        if sum(len(message.encode()) for message in messages) > _MAX_OPENING_BYTES:
-            message = f"The messages take more than {_MAX_OPENING_BYTES} bytes."
+        if sum(len(message.encode()) for message in messages) > MAX_OPENING_BYTES:
+            message = f"The messages take more than {MAX_OPENING_BYTES} bytes."
             raise ServiceError(ErrorInfo("input_too_long", message, "messages"))
         # What the template or the limits refuse is refused now, not at the first turn.
-        await self._encode(self._codec.encode_opening, (*messages, Message("user", "?")))
-        return await self._create(messages, messages, metadata, tenant)
+        opening = (*messages, Message("user", "?"))
+        await self._records.encode(self._codec.encode_opening, opening)
+        conversation_id = new_conversation_id()
+        return await self._records.create(conversation_id, messages, messages, metadata, tenant)
 
     async def close(self) -> None:
         """Wait for the clean-up of abandoned turns."""
-        while self._chores:
-            await asyncio.gather(*self._chores, return_exceptions=True)
+        await self._records.close()
 
-    async def _open_named(
-        self, request: ChatRequest, conversation_id: str, tenant: str
-    ) -> OpenTurn:
+    # Which conversation.
+
+    async def _open_named(self, asked: _Asked, conversation_id: str) -> OpenTurn:
+        request, rereads = asked.request, 0
         expects = request.expect_turn is not None or request.expect_head is not None
-        rereads = 0
         while True:
             async with store_errors(conversation_id):
-                record = await self._store.get(tenant, conversation_id)
-            _check_expectations(request, record)
+                record = await self._store.get(asked.tenant, conversation_id)
+            if not asked.retriable:
+                _check_expectations(request, record)
             try:
-                return await self._continue(request, record, request.messages)
+                return await self._continue(asked, record, request.messages)
             except ServiceError as error:
                 # The record moved between our read and the claim: encode again on what it is now.
                 moved = error.info.code == "turn_conflict" and not expects
@@ -155,173 +135,216 @@ class TurnOpener:
                     raise
                 rereads += 1
 
-    async def _match(
-        self, messages: tuple[Message, ...], tenant: str
-    ) -> tuple[Conversation | None, tuple[Message, ...]]:
-        """The idle conversation that this history continues, and what is new."""
+    async def _open_matched(self, asked: _Asked) -> OpenTurn | None:
+        """A turn of the conversation that this history continues; None to start another."""
+        messages = asked.request.messages
         replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if not replies:
-            return None, messages
+            return None
         known, fresh = messages[: replies[-1] + 1], messages[replies[-1] + 1 :]
         async with store_errors():
-            match = await self._store.match_history(tenant, _hash_all(GENESIS, known))
+            match = await self._store.match_history(asked.tenant, hash_all(GENESIS, known))
             if match is None:
-                return None, messages
+                return None
             try:
-                record = await self._store.get(tenant, match.conversation_id)
+                record = await self._store.get(asked.tenant, match.conversation_id)
             except NotFound:
-                return None, messages
+                return None
         moved_on = record.turn != match.turn or record.running
-        if moved_on or record.fingerprint != self._config.fingerprint:
-            return None, messages
-        return record, fresh
+        refused = self._is_old(record) and self._config.on_model_change == "refuse"
+        if (moved_on or refused) and not asked.retriable:
+            return None
+        try:
+            if moved_on:
+                step = await self._as_it_was(record, match, fresh)
+                return await self._run(asked, step)
+            return await self._continue(asked, record, fresh)
+        except ServiceError as error:
+            if error.info.code not in _FORK_ON:
+                raise
+            return None
+
+    async def _as_it_was(
+        self, record: Conversation, match: HistoryMatch, fresh: tuple[Message, ...]
+    ) -> _Step:
+        """Perhaps the first try of this very request moved it on: its key then finds that turn."""
+        then = record
+        if record.turn != match.turn:
+            then = dataclasses.replace(record, turn=match.turn, head=_UNKNOWN_HEAD)
+        return _Step(then, fresh, await self._records.next_input(record, fresh))
+
+    async def _made_before(self, asked: _Asked) -> Conversation | None:
+        """The conversation that the first try of this request made."""
+        conversation_id = conversation_id_of(asked.tenant, asked.key)
+        async with store_errors(conversation_id):
+            try:
+                return await self._store.get(asked.tenant, conversation_id)
+            except NotFound:
+                return None
+
+    async def _open_made(self, asked: _Asked, made: Conversation) -> OpenTurn | None:
+        messages = asked.request.messages
+        pinned = leading_system(messages)
+        before = hash_all(GENESIS, pinned)
+        if not made.turn and made.history != before:
+            raise ServiceError(KEY_REUSED)
+        input_ids = await self._records.encode(self._codec.encode_opening, messages)
+        then = dataclasses.replace(made, turn=0, head=GENESIS, history=before, token_count=0)
+        step = _Step(then, messages[len(pinned) :], input_ids, is_new=not made.turn)
+        try:
+            return await self._run(asked, step)
+        except ServiceError as error:
+            if error.info.code != "conversation_not_found":
+                raise
+            return None
+
+    async def _start_new(self, asked: _Asked) -> OpenTurn:
+        request = asked.request
+        pinned = leading_system(request.messages)
+        input_ids = await self._records.encode(self._codec.encode_opening, request.messages)
+        conversation_id = new_conversation_id()
+        if asked.retriable:
+            conversation_id = conversation_id_of(asked.tenant, asked.key)
+        try:
+            record = await self._records.create(
+                conversation_id, pinned, request.messages, request.metadata, asked.tenant
+            )
+        except ServiceError as error:
+            # Made by the same request a moment ago.
+            exists = isinstance(error.__cause__, AlreadyExists)
+            made = await self._made_before(asked) if exists else None
+            turn = await self._open_made(asked, made) if made else None
+            if turn is None:
+                raise
+            return turn
+        step = _Step(record, request.messages[len(pinned) :], input_ids, is_new=True)
+        return await self._run(asked, step)
+
+    # The turn.
+
+    def _is_old(self, record: Conversation) -> bool:
+        return record.fingerprint != self._config.fingerprint
 
     async def _continue(
-        self, request: ChatRequest, record: Conversation, fresh: tuple[Message, ...]
+        self, asked: _Asked, record: Conversation, fresh: tuple[Message, ...]
     ) -> OpenTurn:
-        if record.fingerprint != self._config.fingerprint:
-            raise ServiceError(ErrorInfo("model_changed", MODEL_CHANGED, "conversation"))
-        if record.turn == 0:
-            opening = await self._opening(record)
-            input_ids = await self._encode(self._codec.encode_opening, (*opening, *fresh))
-        else:
-            input_ids = await self._encode(self._codec.encode_turn, fresh)
-        return await self._run(request, record, fresh, input_ids)
-
-    async def _opening(self, record: Conversation) -> tuple[Message, ...]:
-        async with store_errors(record.conversation_id):
-            _, messages = await self._store.transcript(
-                record.tenant, record.conversation_id, MAX_OPENING_MESSAGES
-            )
-        return tuple(messages)
-
-    async def _start_new(self, request: ChatRequest, tenant: str) -> OpenTurn:
-        pinned = _leading_system(request.messages)
-        rest = request.messages[len(pinned) :]
-        input_ids = await self._encode(self._codec.encode_opening, request.messages)
-        record = await self._create(pinned, request.messages, request.metadata, tenant)
-        try:
-            return await self._run(request, record, rest, input_ids, is_new=True)
-        except BaseException:
-            self._forget(record)
-            raise
-
-    async def _create(
-        self,
-        stored: tuple[Message, ...],
-        opening: tuple[Message, ...],
-        metadata: dict[str, str],
-        tenant: str,
-    ) -> Conversation:
-        """A new record that begins with `stored`; S is the pinned prefix of `opening`."""
-        sink_tokens = max(MIN_SINK_TOKENS, self._codec.pinned_tokens(opening))
-        limit = self._config.capacity // 2
-        if sink_tokens > limit:
-            message = (
-                f"The system prompt takes {sink_tokens} tokens; at most {limit} can be pinned."
-            )
-            raise ServiceError(ErrorInfo("system_prompt_too_long", message, "messages"))
-        new = NewConversation(
-            conversation_id=new_conversation_id(),
-            tenant=tenant,
-            fingerprint=self._config.fingerprint,
-            sink_tokens=sink_tokens,
-            window_tokens=self._config.capacity - sink_tokens,
-            replay_windows=self._config.replay_windows,
-            metadata=metadata,
-            history=_hash_all(GENESIS, stored),
-            messages=stored,
+        if self._is_old(record):
+            turn = await self._old_turn(asked, record, fresh) if asked.retriable else None
+            if turn is not None:
+                return turn
+            record = await self._records.restarted(record)
+        return await self._run(
+            asked, _Step(record, fresh, await self._records.next_input(record, fresh))
         )
-        async with store_errors(new.conversation_id):
-            return await self._store.create(new)
 
-    async def _run(
-        self,
-        request: ChatRequest,
-        record: Conversation,
-        fresh: tuple[Message, ...],
-        input_ids: TokenIds,
-        is_new: bool = False,
-    ) -> OpenTurn:
-        call = TurnCall(
-            tenant=record.tenant,
+    async def _old_turn(
+        self, asked: _Asked, record: Conversation, fresh: tuple[Message, ...]
+    ) -> OpenTurn | None:
+        """The turn that was committed under this key before the model changed."""
+        try:
+            input_ids = await self._records.encode(self._codec.encode_turn, fresh)
+            return await self._run(asked, _Step(record, fresh, input_ids))
+        except ServiceError as error:
+            if error.info.code != "model_changed":
+                raise
+            return None
+
+    async def _run(self, asked: _Asked, step: _Step) -> OpenTurn:
+        call = self._call(asked, step)
+        items = TurnItems(self._turns.turn(call), call.timeout_s)
+        try:
+            accepted = await items.start()
+            head = await self._head(asked.request, call, step, (items, accepted))
+        except BaseException as error:
+            await items.close()
+            if step.is_new and _is_nobodys(asked, error):
+                self._records.forget(step.record, running_too=not asked.retriable)
+            raise
+        decoding = Decoding(
+            text=self._codec.text_stream(call.stop),
+            decode=self._decode,
+            token_bytes=self._codec.token_bytes,
+            may_cut=bool(call.stop),
+            seen_chars=asked.request.last_event.chars if asked.request.last_event else 0,
+        )
+        return OpenTurn(items, head, decoding, self._metrics, self._on_close(asked, step))
+
+    def _call(self, asked: _Asked, step: _Step) -> TurnCall:
+        request, record, key = asked.request, step.record, asked.key
+        sampling = request.sampling
+        if not request.has_seed:
+            seed = seed_of(asked.tenant, record.conversation_id, key)
+            sampling = dataclasses.replace(sampling, seed=seed)
+        # The input was encoded for exactly this state. A client's own expectation may be stale: its
+        # key is then looked up first, and a turn that is not found conflicts.
+        expect_turn, expect_head = request.expect_turn, request.expect_head
+        return TurnCall(
+            tenant=asked.tenant,
             conversation_id=record.conversation_id,
-            input_ids=input_ids,
-            messages=fresh,
-            history=_hash_all(record.history, fresh),
-            sampling=request.sampling,
+            input_ids=step.input_ids,
+            messages=step.fresh,
+            history=hash_all(record.history, step.fresh),
+            sampling=sampling,
             max_tokens=request.max_tokens,
             stop=request.stop,
             ignore_eos=request.ignore_eos,
-            # The input was encoded for exactly this state.
-            expect_turn=record.turn,
-            expect_head=record.head,
+            expect_turn=record.turn if expect_turn is None else expect_turn,
+            expect_head=expect_head or record.head or None,
             owner_hint=record.owner,
             timeout_s=self._config.turn_timeout_s,
-        )
-        items = TurnItems(self._engine.turn(call), call.timeout_s)
-        try:
-            accepted = await items.start()
-        except BaseException:
-            await items.close()
-            raise
-        head = reply.ReplyHead(
-            completion_id=f"chatcmpl-{secrets.token_hex(12)}",
+            key=key,
+            request_hash=request_hash(request.body_hash, request.conversation_id),
+            on_disconnect=request.when_left,
+            completion_id=completion_id_of(asked.tenant, record.conversation_id, key),
             created_s=int(time.time()),
+        )
+
+    async def _head(
+        self,
+        request: ChatRequest,
+        call: TurnCall,
+        step: _Step,
+        opened: tuple[TurnItems, TurnAccepted],
+    ) -> reply.ReplyHead:
+        items, accepted = opened
+        if request.last_event is not None and request.last_event.turn != accepted.turn:
+            message = f"The event is not one of this reply, which is turn {accepted.turn}."
+            raise ServiceError(ErrorInfo("invalid_value", message, "last_event_id"))
+        prompt_tokens = step.record.token_count + len(step.input_ids)
+        if accepted.turn != step.record.turn + 1:
+            # A reply of earlier: the record has moved on since.
+            items.is_first = False
+            done = await items.peek()
+            if isinstance(done, TurnDone):
+                prompt_tokens = done.usage.context_tokens + done.usage.input_tokens
+        return reply.ReplyHead(
+            completion_id=accepted.completion_id or call.completion_id,
+            created_s=accepted.created_s or call.created_s,
             model=request.model,
             fingerprint=self._config.fingerprint,
-            conversation_id=record.conversation_id,
+            conversation_id=call.conversation_id,
             turn=accepted.turn,
-            prompt_tokens=record.token_count + len(input_ids),
+            prompt_tokens=prompt_tokens,
         )
-        decoding = Decoding(self._codec.text_stream(request.stop), self._codec.token_bytes)
-        return OpenTurn(items, head, decoding, self._metrics, self._on_close(record, is_new))
 
-    def _on_close(self, record: Conversation, is_new: bool) -> Callable[[bool], None]:
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text = self._codec.text_stream(())
+        return "".join([text.push(token_id) for token_id in token_ids]) + text.finish()
+
+    def _on_close(self, asked: _Asked, step: _Step) -> Callable[[bool], None]:
         def closed(committed: bool) -> None:
-            if is_new and not committed:
-                self._forget(record)
+            if step.is_new and not committed and asked.request.when_left == "cancel":
+                self._records.forget(step.record, running_too=not asked.retriable)
 
         return closed
 
-    def _forget(self, record: Conversation) -> None:
-        """Delete a conversation made for a turn that never was, unless the turn was committed."""
 
-        async def forget() -> None:
-            try:
-                now = await self._store.get(record.tenant, record.conversation_id)
-                if now.turn == 0:
-                    await self._store.delete(record.tenant, record.conversation_id)
-            except NotFound:
-                pass
-            except StoreError as error:
-                log.warning("an empty conversation stays in the store: %s", error)
-
-        chore = asyncio.get_running_loop().create_task(forget())
-        self._chores.add(chore)
-        chore.add_done_callback(self._chores.discard)
-
-    async def _encode(
-        self, encode: Callable[[Sequence[Message]], TokenIds], messages: Sequence[Message]
-    ) -> TokenIds:
-        size = sum(len(message.content) for message in messages)
-        # The tokenizer releases the GIL; a long text must not hold up the streams of others.
-        in_thread = size > _THREAD_ABOVE_CHARS
-        ids = await asyncio.to_thread(encode, messages) if in_thread else encode(messages)
-        if len(ids) > self._config.max_input_tokens:
-            raise ServiceError(input_too_long_info(len(ids), self._config.max_input_tokens))
-        return ids
-
-
-def _leading_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    count = next(i for i, message in enumerate(messages) if message.role != "system")
-    return messages[:count]
-
-
-def _hash_all(previous: str, messages: Sequence[Message]) -> str:
-    for message in messages:
-        previous = history_hash(previous, message.role, message.content)
-    return previous
+def _is_nobodys(asked: _Asked, error: BaseException) -> bool:
+    """Whether a new conversation whose turn was not accepted is of use to nobody."""
+    if not isinstance(error, ServiceError):
+        return asked.request.when_left == "cancel"
+    # Else its turn may be running, and the client may ask for it again.
+    return not asked.retriable or error.info.code in ("overloaded", "not_ready")
 
 
 def _check_expectations(request: ChatRequest, record: Conversation) -> None:

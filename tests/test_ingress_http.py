@@ -91,9 +91,13 @@ async def metrics_say(http: httpx.AsyncClient, line: str) -> None:
 async def events_of(response: httpx.Response) -> list[str]:
     text = (await response.aread()).decode()
     assert text.endswith("\n\n")
-    lines = text.removesuffix("\n\n").split("\n\n")
-    assert all(line.startswith("data: ") for line in lines)
-    return [line.removeprefix("data: ") for line in lines]
+    events = []
+    for event in text.removesuffix("\n\n").split("\n\n"):
+        *head, data = event.split("\n")
+        assert data.startswith("data: ")
+        assert all(line.startswith("id: ") for line in head)
+        events.append(data.removeprefix("data: "))
+    return events
 
 
 # The official client.
@@ -200,7 +204,8 @@ async def test_logprobs(server: Server) -> None:
 async def test_refusals_have_their_status_even_for_streams(
     server: Server, info: ErrorInfo, kind: type[openai.APIStatusError], status: int, stream: bool
 ) -> None:
-    server.front.engine.scripts.append(Script(refuse=info))
+    # What may pass is tried again first.
+    server.front.engine.scripts.extend(Script(refuse=info) for _ in range(9))
     async with server.client() as client:
         with pytest.raises(kind) as caught:
             await client.chat.completions.create(model=MODEL, messages=HI, stream=stream)
@@ -323,7 +328,7 @@ async def test_a_disconnect_in_the_middle_of_the_body(server: Server) -> None:
 
 async def test_a_client_that_stops_reading_is_given_up() -> None:
     front = make_front(stall_timeout_s=0.2)
-    front.engine.scripts.append(Script("x" * 60_000))
+    front.engine.scripts.append(Script("x" * 60_000, gate=asyncio.Event(), gate_at=59_000))
     body = json.dumps({"model": MODEL, "messages": HI, "stream": True}).encode()
     async with serving(front) as server:
         _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)

@@ -18,15 +18,17 @@ from openai.types.chat.completion_create_params import (
 
 from cluster.conversation import Message
 from deployments.errors import ErrorInfo, ServiceError
+from deployments.openai_sampling import RequestLimits
 from deployments.openai_schema import (
     CHAT_FIELDS,
+    NO_HEADERS,
     ChatRequest,
-    RequestLimits,
-    apply_headers,
+    TurnHeaders,
     parse_chat,
     parse_create,
 )
 from deployments.strict_json import MAX_DEPTH, Tree, check_object, decode_json
+from deployments.turn_identity import EventId, request_hash
 from engine.sampling import SamplingParams
 
 LIMITS = RequestLimits(vocab_size=1000, sampling=SamplingParams(temperature=0.6, top_p=0.9))
@@ -39,9 +41,9 @@ def parse_object(body: bytes, max_size: int) -> Tree:
     return check_object(decode_json(body, max_size), max_size)
 
 
-def parse(**fields: Any) -> ChatRequest:
+def parse(headers: TurnHeaders = NO_HEADERS, **fields: Any) -> ChatRequest:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
-    return parse_chat(parse_object(json.dumps(body).encode(), MAX_SIZE), LIMITS)
+    return parse_chat(parse_object(json.dumps(body).encode(), MAX_SIZE), LIMITS, headers)
 
 
 def refusal(**fields: Any) -> str:
@@ -75,6 +77,7 @@ def test_null_is_absent(name: str) -> None:
     plain, with_null = parse(seed=1), parse(**{"seed": 1, name: None})
     if name != "seed":
         assert with_null == plain
+        assert with_null.body_hash == plain.body_hash
 
 
 def test_defaults() -> None:
@@ -90,7 +93,8 @@ def test_seeds() -> None:
     assert parse(seed=0).sampling.seed == 0
     assert parse(seed=-1).sampling.seed == 2**64 - 1
     assert parse(seed=2**64 - 1).sampling.seed == 2**64 - 1
-    assert len({parse().sampling.seed for _ in range(20)}) == 20
+    assert parse(seed=0).has_seed
+    assert not parse().has_seed
 
 
 def test_sampling_fields_arrive() -> None:
@@ -193,14 +197,60 @@ def test_conversations() -> None:
 
 
 def test_headers() -> None:
-    plain = parse()
-    assert apply_headers(plain, None, None) is plain
-    named = apply_headers(parse(), ID, f'"{HEAD}"')
+    named = parse(TurnHeaders(conversation=ID, if_match=f'"{HEAD}"'))
     assert (named.conversation_id, named.expect_head) == (ID, HEAD)
-    assert apply_headers(parse(conversation=ID), ID, None).conversation_id == ID
+    assert parse(TurnHeaders(conversation=ID), conversation=ID).conversation_id == ID
     for etag in (HEAD, f'W/"{HEAD}"', "*", f'"{HEAD}", "{HEAD}"', ""):
         with pytest.raises(ServiceError, match="invalid_value"):
-            apply_headers(parse(), ID, etag)
+            parse(TurnHeaders(conversation=ID, if_match=etag))
+
+
+def test_keys_come_in_the_body_or_in_a_header() -> None:
+    for asked in (
+        parse(idempotency_key="k-1"),
+        parse(TurnHeaders(idempotency_key="k-1")),
+        parse(TurnHeaders(idempotency_key="k-1"), idempotency_key="k-1"),
+    ):
+        assert (asked.key, asked.when_left) == ("k-1", "finish")
+    assert (parse().key, parse().when_left) == ("", "cancel")
+    assert parse(idempotency_key="k", on_disconnect="cancel").when_left == "cancel"
+    assert parse(on_disconnect="finish").when_left == "finish"
+    for key in ("", " ", "a b", "a\n", "\u00e9", "k" * 256, "\x00", "k\x7f"):
+        assert refusal(idempotency_key=key) == "invalid_value", key
+        with pytest.raises(ServiceError, match="Idempotency-Key"):
+            parse(TurnHeaders(idempotency_key=key))
+    with pytest.raises(ServiceError, match="idempotency_key"):
+        parse(TurnHeaders(idempotency_key="k-1"), idempotency_key="k-2")
+
+
+def test_a_stream_with_a_key_can_be_rejoined() -> None:
+    mine = {"stream": True, "idempotency_key": "k"}
+    assert parse(**mine, last_event_id="3.120").last_event == EventId(3, 120)
+    assert parse(TurnHeaders(last_event_id="3.0"), **mine).last_event == EventId(3, 0)
+    assert str(EventId(3, 120)) == "3.120"
+    for event_id in ("", "3", "3.", "3.1.1", "-3.1", "3.1 ", "a.b", "\u0663.1", "3." + "1" * 16):
+        assert refusal(**mine, last_event_id=event_id) == "invalid_value", event_id
+    assert refusal(idempotency_key="k", last_event_id="3.1") == "invalid_value"
+    assert refusal(stream=True, last_event_id="3.1") == "invalid_value"
+
+
+def test_the_hash_is_of_what_is_asked_for() -> None:
+    plain = parse().body_hash
+    delivery = {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "idempotency_key": "k",
+        "last_event_id": "1.1",
+        "on_disconnect": "finish",
+        "conversation": ID,
+        "expect_turn": 3,
+    }
+    assert parse(**delivery).body_hash == plain
+    asked = [{"seed": 1}, {"max_tokens": 2}, {"stop": "x"}, {"model": "n"}, {"metadata": {"a": ""}}]
+    asked += [{"messages": [{"role": "user", "content": "Ho"}]}, {"temperature": 0}]
+    assert len({plain, *[parse(**fields).body_hash for fields in asked]}) == 1 + len(asked)
+    # ... and of the conversation that it names, however it names it.
+    assert request_hash(plain, None) != request_hash(plain, ID)
 
 
 def test_creating() -> None:
