@@ -57,12 +57,13 @@ WINDOW = CAPACITY - SINKS
 LAYERS = 3
 DEPTHS = (1, 2, LAYERS, LAYERS + 1)
 OPTIONS = MeasureOptions(DEPTHS, replies=3, reply_tokens=10, sink_tokens=SINKS)
+INPUT = 3
 ROUNDING = 1e-10
 
 
 def dialogue(seed: int = 1, eos_ids: frozenset[int] = frozenset()) -> Dialogue:
     rng = np.random.default_rng(seed)
-    inputs = (rng.integers(0, VOCAB_SIZE, 9).astype(np.int32) for _ in itertools.count())
+    inputs = (rng.integers(0, VOCAB_SIZE, INPUT).astype(np.int32) for _ in itertools.count())
     closing = np.array([5, 6], np.int32)
     return Dialogue(inputs, SamplingParams(seed=seed), eos_ids, closing)
 
@@ -98,20 +99,34 @@ def test_the_noise_floor_is_rounding_but_not_nothing() -> None:
     assert 0.0 < measured().floor.kl_mean < ROUNDING
 
 
+@functools.cache
+def reference_logits() -> Floats:
+    """After every token of the measured conversation, by the oracle in float64."""
+    live = ReferenceDecoder(tiny_shape("llama"), cached_tensors("llama"), Rule(SINKS, WINDOW))
+    return live.push_all(0, measured().conversation)
+
+
 def reference_kl(reply: MeasuredReply, windows: int) -> Floats:
-    """KL along a measured reply, by the oracle in float64: cut the conversation, replay, compare."""
-    ids = measured().conversation
-    begin, last = reply.base_tokens, len(reply.comparisons[0].kl) - 1
+    """KL along a measured reply by the oracle: replay these windows into nothing, and compare."""
+    ids, begin = measured().conversation, reply.base_tokens
     first_query = begin + reply.input_tokens - 1
-    end = first_query + last + 1
-    shape, tensors = tiny_shape("llama"), cached_tensors("llama")
-    live = ReferenceDecoder(shape, tensors, Rule(SINKS, WINDOW))
-    wanted = live.push_all(0, ids[:end])[first_query:]
-    rebuilt = ReferenceDecoder(shape, tensors, Rule(SINKS, WINDOW))
+    end = first_query + OPTIONS.reply_tokens
     start = begin - windows * WINDOW
+    rebuilt = ReferenceDecoder(tiny_shape("llama"), cached_tensors("llama"), Rule(SINKS, WINDOW))
     rebuilt.push_all(0, ids[:SINKS])
     got = rebuilt.push_all(start, ids[start:end])[first_query - start :]
+    wanted = reference_logits()[first_query:end]
     return np.array([kl_divergence(p, q) for p, q in zip(wanted, got, strict=True)])
+
+
+def test_greedy_replies_are_the_likeliest_tokens_and_sampled_ones_are_not() -> None:
+    ids = measured().conversation
+    likeliest = reference_logits().argmax(axis=1)
+    for reply in measured().replies:
+        start = reply.base_tokens + reply.input_tokens
+        said = ids[start : start + OPTIONS.reply_tokens]
+        wanted = likeliest[start - 1 : start - 1 + OPTIONS.reply_tokens]
+        assert np.array_equal(said, wanted) == reply.greedy
 
 
 def test_the_divergence_is_the_one_that_the_reference_finds() -> None:
@@ -134,10 +149,10 @@ def test_every_second_reply_is_greedy_and_half_a_window_lies_between() -> None:
 
 def test_the_conversation_is_inputs_replies_and_closings() -> None:
     ids, inputs = measured().conversation.tolist(), dialogue().inputs
-    turn = 9 + OPTIONS.reply_tokens + 2
+    turn = INPUT + OPTIONS.reply_tokens + 2
     assert len(ids) % turn == 0
     for begin in range(0, len(ids), turn):
-        assert ids[begin : begin + 9] == next(inputs).tolist()
+        assert ids[begin : begin + INPUT] == next(inputs).tolist()
         assert ids[begin + turn - 2 : begin + turn] == [5, 6]
 
 
