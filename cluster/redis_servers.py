@@ -55,6 +55,14 @@ class Address:
             "ssl": self.scheme.startswith("rediss"),
         }
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is missing or too much."""
+        if self.scheme in CLUSTER_SCHEMES:
+            return not self.path
+        number = self.path[1:]
+        return len(self.path) in (1, 2) and all(part.isdecimal() for part in number)
+
     @classmethod
     def parse(cls, url: str) -> Address:
         """Raises ValueError, without the password, for what is no such URL."""
@@ -70,6 +78,24 @@ class Address:
             path=tuple(part for part in parts.path.split("/") if part),
             parameters={key: values[-1] for key, values in parse_qs(parts.query).items()},
         )
+
+
+def url_problem(url: str) -> str | None:
+    """What is wrong with a URL and what to use instead, as a sentence without its end; None if nothing
+    is. Never tells the password."""
+    scheme = url.partition("://")[0]
+    try:
+        if scheme in PLAIN_SCHEMES:
+            return None
+        if scheme in SCHEMES and Address.parse(url).is_complete:
+            return None
+    except ValueError:
+        pass
+    return (
+        f"a URL with the scheme {scheme!r} is not one of a Redis store. Use redis://host:6379/0, "
+        "rediss://, unix:///path, redis+sentinel://host:26379,host:26379/service, "
+        "redis+cluster://host:6379,host:6379"
+    )
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:
@@ -105,6 +131,8 @@ class Servers(Protocol):
 
 def open_servers(url: str, timeout_s: float, max_connections: int) -> Servers:
     """Connects to nothing yet. Raises ValueError for a URL of another form."""
+    if problem := url_problem(url):
+        raise ValueError(problem)
     scheme = url.partition("://")[0]
     times: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     if scheme in SENTINEL_SCHEMES:
@@ -123,8 +151,6 @@ def open_servers(url: str, timeout_s: float, max_connections: int) -> Servers:
 
 
 def _sentinel(address: Address, times: dict[str, Any], max_connections: int) -> OneServer:
-    if not address.path:
-        raise ValueError("a Sentinel URL ends in the name of the service: .../mymaster")
     asking = {
         **times,
         "username": address.parameters.get("sentinel_username"),

@@ -23,7 +23,11 @@ log = logging.getLogger(__name__)
 
 def store_limits(config: ServiceConfig) -> StoreLimits:
     """The bounds of a record that follow from the configuration."""
-    return StoreLimits(ttl_s=config.conversation_ttl_s, input_tokens=config.limits.max_input_tokens)
+    return StoreLimits(
+        ttl_s=config.conversation_ttl_s,
+        input_tokens=config.limits.max_input_tokens,
+        output_tokens=config.limits.max_output_tokens,
+    )
 
 
 def _replicas_here(config: ServiceConfig) -> int:

@@ -56,6 +56,18 @@ class StoreEnv(Protocol):
         """Let the store's clock go on."""
         ...
 
+    async def restart(self) -> None:
+        """The store loses nothing but knows that it was away."""
+        ...
+
+    async def save(self) -> object:
+        """All that the store keeps, to come back to."""
+        ...
+
+    async def roll_back(self, saved: object) -> None:
+        """The store restarts with what it kept at the time of `save`; time goes on."""
+        ...
+
     async def record_bytes(self, conversation_id: str) -> int:
         """Size of the record as stored."""
         ...

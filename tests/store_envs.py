@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import redis
 
@@ -49,6 +50,19 @@ class MemoryEnv:
     async def advance(self, seconds: float) -> None:
         self.clock.now_s += seconds
 
+    async def restart(self) -> None:
+        self.store.restart()
+
+    async def save(self) -> object:
+        store = self.store
+        return copy.deepcopy((store._records, store._tombstones, store._histories))
+
+    async def roll_back(self, saved: object) -> None:
+        store = self.store
+        kept: Any = copy.deepcopy(saved)
+        store._records, store._tombstones, store._histories = kept
+        store.restart()
+
     async def record_bytes(self, conversation_id: str) -> int:
         record = self.store._records[conversation_id]
         parts = [record.replay.sink_ids, record.replay.recent_ids]
@@ -76,6 +90,21 @@ class RedisEnv:
         offset = self.client.incrby(CLOCK_KEY, round(seconds * 1e6))
         now_ms = self.client.time()[0] * 1000 + int(offset) // 1000
         self.client.eval(EXPIRE, 0, now_ms)
+
+    async def restart(self) -> None:
+        self.client.function_flush()
+
+    async def save(self) -> object:
+        keys = list(self.client.scan_iter("sinkserve:*"))
+        return {key: (self.client.dump(key), self.client.pexpiretime(key)) for key in keys}
+
+    async def roll_back(self, saved: object) -> None:
+        for key in self.client.scan_iter("sinkserve:*"):
+            self.client.delete(key)
+        kept: Any = saved
+        for key, (data, expires_ms) in kept.items():
+            self.client.restore(key, expires_ms, data, absttl=True)
+        await self.restart()
 
     async def record_bytes(self, conversation_id: str) -> int:
         key = f"sinkserve:{{{conversation_id}}}:rec"

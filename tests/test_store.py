@@ -8,16 +8,28 @@ import pytest
 
 from tests.store_contract import LIMITS, StoreContract
 from tests.store_envs import MemoryEnv, RedisEnv
+from tests.store_failover_contract import (
+    CheckpointContract,
+    KeyContract,
+    RebaseContract,
+    RecoveryContract,
+)
 from tests.valkey_fixture import ValkeyServer
 
 
-class TestMemoryStore(StoreContract):
+class WholeContract(
+    StoreContract, KeyContract, CheckpointContract, RecoveryContract, RebaseContract
+):
+    pass
+
+
+class TestMemoryStore(WholeContract):
     @pytest.fixture
     def env(self) -> MemoryEnv:
         return MemoryEnv.make(LIMITS)
 
 
-class TestRedisStore(StoreContract):
+class TestRedisStore(WholeContract):
     @pytest.fixture
     async def env(self, valkey_server: ValkeyServer, redis_url: str) -> AsyncIterator[RedisEnv]:
         env = await RedisEnv.make(valkey_server, LIMITS)
