@@ -1,0 +1,308 @@
+"""What everybody asked, sent and saw, kept for ever; and the checks that it makes sense.
+
+The ledger is told what really happened (it is no part of the system under test) and raises Violation
+at the first thing that a promise of docs/guarantees.md forbids.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from cluster.conversation import (
+    GENESIS,
+    BeginTurn,
+    Checkpoint,
+    Conversation,
+    Fence,
+    Message,
+    NewConversation,
+    Ownership,
+    TurnCommit,
+    chain_head,
+)
+from deployments.turn_call import TurnCall, TurnDone
+from tests.sim.toy import EOS, close_reply, oracle_reply
+
+Name = tuple[str, str]
+"""(conversation_id, key)"""
+
+
+class Violation(Exception):
+    """A promise was broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """A commit that some replica has sent; whether it was executed, only the chain can tell."""
+
+    turn: int
+    before: str
+    key: str
+    input_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    messages: tuple[Message, ...]
+
+
+@dataclass(slots=True)
+class Known:
+    """One conversation as the ledger knows it."""
+
+    new: NewConversation
+    deleted: bool = False
+    may_be_gone: bool = False
+    proposed: dict[str, Proposed] = field(default_factory=dict)
+    acknowledged: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """turn -> (head, key) of every reply that a client was told to be final."""
+    at_risk: list[tuple[int, str, str]] = field(default_factory=list)
+    """Acknowledged before a store roll-back that nobody may have survived: (turn, head, key)."""
+
+
+class Ledger:
+    """`noisy`: replies depend on who computed them, so that they cannot be recomputed."""
+
+    def __init__(self, noisy: bool) -> None:
+        self._noisy = noisy
+        self.known: dict[str, Known] = {}
+        self.counts: Counter[str] = Counter()
+        self._asked: dict[Name, TurnCall] = {}
+        self._generation: dict[Name, int] = {}
+        self._claimed: dict[tuple[str, str, str], int] = {}
+        self._began: dict[Name, int] = {}
+        self._tickets = 0
+        self._last_ticket: dict[str, int] = {}
+        self._unanswered: dict[str, set[int]] = {}
+        self._tries: Counter[Name] = Counter()
+        self._victims: Counter[Name] = Counter()
+        self._stored: dict[tuple[str, str, int], list[int]] = {}
+        self._shown: dict[tuple[str, str, int], dict[int, int]] = {}
+        self._fences: dict[tuple[str, int, str], tuple[Name, int, int]] = {}
+        self._fingerprints: dict[tuple[str, int], str] = {}
+
+    # --- what clients do and see ------------------------------------------------------------------
+
+    def created(self, new: NewConversation) -> None:
+        self.known[new.conversation_id] = Known(new)
+
+    def deleted(self, conversation_id: str) -> None:
+        self.known[conversation_id].deleted = True
+
+    def asked(self, call: TurnCall) -> None:
+        """A client is about to send this."""
+        self._asked.setdefault((call.conversation_id, call.key), call)
+
+    def shown(self, replica: str, call: TurnCall, k: int, tokens: tuple[int, ...]) -> None:
+        """`replica` has sent tokens `k`, `k` + 1, ... to the client of `call`."""
+        name = (call.conversation_id, call.key)
+        generation = self._claimed.get((replica, *name))
+        if generation is None:
+            raise Violation(f"{replica} streams {name}, which it never claimed")
+        stored = self._stored.setdefault((*name, generation), [])
+        shown = self._shown.setdefault((*name, generation), {})
+        for place, token in enumerate(tokens, k):
+            if shown.setdefault(place, token) != token:
+                raise Violation(f"{name}: token {place} is {token}, was shown as {shown[place]}")
+            if stored[place : place + 1] != [token]:
+                raise Violation(f"{name}: token {place} was shown before it was stored")
+        self.counts["shown"] += len(tokens)
+
+    def done(self, call: TurnCall, seen: list[int], done: TurnDone) -> None:
+        """A client was told that its turn is committed, after having seen these tokens of it."""
+        reply = done.output_ids.tolist()
+        known, name = self.known[call.conversation_id], (call.conversation_id, call.key)
+        if reply[: len(seen)] != seen:
+            raise Violation(f"{name}: streamed {seen}, committed {reply}")
+        entry = known.proposed.get(done.head)
+        if entry is None or entry.turn != done.turn or entry.key != call.key:
+            raise Violation(f"{name}: told of a commit that nobody made: turn {done.turn}")
+        if list(entry.output_ids) != [*reply, EOS]:
+            raise Violation(f"{name}: told {reply}, committed {entry.output_ids}")
+        if call.expect_head is not None and entry.before != call.expect_head:
+            raise Violation(f"{name}: went on from another state than the client expected")
+        first = known.acknowledged.setdefault(done.turn, (done.head, call.key))
+        if first != (done.head, call.key):
+            raise Violation(f"{name}: turn {done.turn} was acknowledged for {first} before")
+        self.counts["acknowledged"] += 1
+
+    # --- what the store is told and answers -------------------------------------------------------
+
+    def begun(self, turn: BeginTurn, ownership: Ownership, ticket: int) -> None:
+        """The store gave `turn.replica` the turn, under the claim of this number."""
+        name = (turn.conversation_id, turn.key)
+        record = ownership.conversation
+        if (
+            turn.expect_head is not None
+            and not ownership.resumed
+            and record.head != turn.expect_head
+        ):
+            raise Violation(f"{name}: begun at another hash than expected")
+        if self.known[turn.conversation_id].new.tenant != turn.tenant:
+            raise Violation(f"{name}: begun for a foreign tenant")
+        asked = self._asked[name]
+        if ownership.resumed:
+            self.counts["resumed"] += 1
+            if ownership.input_ids.tolist() != asked.input_ids.tolist():
+                raise Violation(f"{name}: resumed with another input")
+        if (
+            not ownership.resumed
+            or name not in self._began
+            or self._may_have_restarted(name, ticket)
+        ):
+            # Another run of the turn, as far as anybody can know: its tokens may differ.
+            self._generation[name] = ownership.fence.epoch
+            self._began[name] = ticket
+            # Another key ends an expired turn, and with it the count of its victims.
+            self._victims = Counter({n: v for n, v in self._victims.items() if n[0] != name[0]})
+        generation = self._generation[name]
+        self._claimed[turn.replica, *name] = generation
+        fence = (turn.conversation_id, ownership.fence.epoch, ownership.fence.nonce)
+        self._fences[fence] = (name, generation, ticket)
+        other = self._fingerprints.setdefault((turn.conversation_id, fence[1]), fence[2])
+        if other != fence[2]:
+            raise Violation(f"{name}: epoch {fence[1]} was given out twice")
+        stored = self._stored.setdefault((*name, generation), [])
+        resumed = ownership.output_ids.tolist()
+        if resumed[: len(stored)] != stored[: len(resumed)]:
+            raise Violation(f"{name}: resumed with {resumed}, stored were {stored}")
+        stored.extend(resumed[len(stored) :])
+
+    def stored(self, checkpoint: Checkpoint) -> None:
+        """The store has acknowledged these tokens."""
+        conversation, fence = checkpoint.conversation_id, checkpoint.fence
+        name, generation, _ = self._fences[conversation, fence.epoch, fence.nonce]
+        stored = self._stored[*name, generation]
+        tokens = checkpoint.token_ids.tolist()
+        known = stored[checkpoint.k : checkpoint.k + len(tokens)]
+        if checkpoint.k > len(stored) or known != tokens[: len(known)]:
+            raise Violation(f"{name}: {tokens} accepted at {checkpoint.k} of {stored}")
+        stored.extend(tokens[len(known) :])
+
+    def proposed(self, commit: TurnCommit, turn: int, before: str) -> None:
+        """A replica is about to send this commit of turn number `turn` after hash `before`."""
+        conversation, fence = commit.conversation_id, commit.fence
+        (_, key), _, _ = self._fences[conversation, fence.epoch, fence.nonce]
+        asked = self._asked[conversation, key]
+        if commit.head != chain_head(before, asked.input_ids, commit.output_ids):
+            raise Violation(f"{key}: the commit's hash is not that of its ids")
+        self.known[conversation].proposed[commit.head] = Proposed(
+            turn,
+            before,
+            key,
+            tuple(asked.input_ids.tolist()),
+            tuple(commit.output_ids.tolist()),
+            commit.messages,
+        )
+
+    def tried(self, turn: BeginTurn) -> int:
+        """A claim is about to be sent; the number by which `answered` names it."""
+        self._tries[turn.conversation_id, turn.key] += 1
+        self._tickets += 1
+        self._last_ticket[turn.conversation_id] = self._tickets
+        self._unanswered.setdefault(turn.conversation_id, set()).add(self._tickets)
+        return self._tickets
+
+    def answered(self, turn: BeginTurn, ticket: int) -> None:
+        """The store's answer to a claim has come."""
+        self._unanswered[turn.conversation_id].discard(ticket)
+
+    def _may_have_restarted(self, name: Name, ticket: int) -> bool:
+        """Whether a claim whose answer nobody knows may have begun the turn anew since."""
+        last = self._began[name]
+        return any(other > last for other in self._unanswered[name[0]] - {ticket})
+
+    def fenced(self, conversation_id: str, fence: Fence) -> None:
+        """The store has called this fence an old one: there must have been a later claim."""
+        _, _, ticket = self._fences[conversation_id, fence.epoch, fence.nonce]
+        known = self.known[conversation_id]
+        if self._last_ticket[conversation_id] <= ticket and not known.may_be_gone:
+            raise Violation(f"{fence} is the latest claim of {conversation_id}, and was fenced")
+
+    def quarantined(self, turn: BeginTurn) -> None:
+        """The store refused to give the turn to yet another replica."""
+        self.counts["quarantined"] += 1
+        # This claim, and two that lost the turn before.
+        if self._tries[turn.conversation_id, turn.key] < 3:
+            raise Violation(f"{turn.key}: quarantined without two lost owners")
+
+    def poisoned(self, call: TurnCall) -> None:
+        """The turn has killed a replica."""
+        self.counts["poisoned"] += 1
+        name = (call.conversation_id, call.key)
+        self._victims[name] += 1
+        if self._victims[name] > 2 and not self.known[call.conversation_id].may_be_gone:
+            raise Violation(f"{call.key}: has killed {self._victims[name]} replicas")
+
+    def key_reused(self, call: TurnCall) -> None:
+        """The store said that the key came with another request before."""
+        first = self._asked[call.conversation_id, call.key]
+        if first.request_hash == call.request_hash:
+            raise Violation(f"{call.key}: its own retry was called another request")
+        self.counts["key_reused"] += 1
+
+    # --- faults that excuse -----------------------------------------------------------------------
+
+    def excuse_losses(self) -> None:
+        """The store has lost writes and their owners may be dead: what was acknowledged may be gone,
+        but only with a refusal that says so."""
+        for known in self.known.values():
+            known.at_risk += [(turn, *what) for turn, what in known.acknowledged.items()]
+            known.acknowledged.clear()
+            known.may_be_gone = True
+
+    # --- the verdict ------------------------------------------------------------------------------
+
+    def verify(self, record: Conversation, transcript: tuple[int, list[Message]]) -> None:
+        """Compare a record with all that was asked and said about it."""
+        known = self.known[record.conversation_id]
+        chain = self._chain(known, record)
+        heads = [head for head, _ in chain]
+        for turn, (head, key) in known.acknowledged.items():
+            if heads[turn - 1 : turn] != [head]:
+                raise Violation(f"{key}: acknowledged as turn {turn}, but lost")
+        for turn, head, key in known.at_risk:
+            self.counts["lost"] += heads[turn - 1 : turn] != [head]
+            if heads.count(head) > 1:
+                raise Violation(f"{key}: committed twice")
+        keys = [entry.key for _, entry in chain]
+        if len(set(keys)) != len(keys):
+            raise Violation(f"{record.conversation_id}: a key was committed twice: {keys}")
+        self._verify_replies(known, [entry for _, entry in chain])
+        tokens = sum(len(entry.input_ids) + len(entry.output_ids) for _, entry in chain)
+        if record.token_count != tokens:
+            raise Violation(f"token_count {record.token_count}, but {tokens} were committed")
+        messages = [message for _, entry in chain for message in entry.messages]
+        first, tail = transcript
+        if messages[first:] != tail:
+            raise Violation(f"transcript from {first}: {tail} instead of {messages[first:]}")
+        self.counts["committed"] += len(chain)
+
+    def _chain(self, known: Known, record: Conversation) -> list[tuple[str, Proposed]]:
+        """Committed turns, oldest first, found by walking back the hashes."""
+        chain: list[tuple[str, Proposed]] = []
+        head = record.head
+        while head != GENESIS:
+            entry = known.proposed.get(head)
+            if entry is None:
+                raise Violation(f"{record.conversation_id}: a hash that no commit made")
+            chain.append((head, entry))
+            head = entry.before
+        chain.reverse()
+        turns = [entry.turn for _, entry in chain]
+        if turns != list(range(1, len(chain) + 1)) or record.turn != len(chain):
+            raise Violation(f"{record.conversation_id}: turn {record.turn}, chain of {turns}")
+        return chain
+
+    def _verify_replies(self, known: Known, chain: list[Proposed]) -> None:
+        """What was shown of a turn is what was committed of it; and the toy would say it again."""
+        window = (known.new.sink_tokens, known.new.window_tokens)
+        context: list[int] = []
+        for entry in chain:
+            name = (known.new.conversation_id, entry.key)
+            asked = self._asked[name]
+            context += entry.input_ids
+            if not self._noisy:
+                request = (asked.sampling.seed, entry.turn)
+                due = close_reply(oracle_reply(window, context, request, asked.max_tokens))
+                if list(entry.output_ids) != due[0] + due[1]:
+                    raise Violation(f"{name}: committed {entry.output_ids}, due was {due[0]}")
+            context += entry.output_ids
