@@ -240,13 +240,16 @@ def measure_replay(
         Path | None, typer.Option(help="Folder for the JSON and, with matplotlib, the plot.")
     ] = None,
 ) -> None:
-    """Measure how many windows of token ids a cold conversation must be rebuilt from (`replay_windows`).
+    """Measure how many windows of token ids restore a cold conversation.
 
-    Runs one long conversation on the model, far past its window. At several turns its cache is rebuilt, as
-    after a failure, from 1, 2, 4... windows, and compared with the live one: KL divergence, likeliest token,
-    how long greedy text stays the same. All of it run again in other chunks is the noise floor: rounding.
+    Runs one long conversation on the model, far past its window. At several
+    turns its cache is rebuilt, as after a failure, from 1, 2, 4... windows
+    and compared with the live one: KL divergence, likeliest token, how long
+    greedy text stays the same. All of it run again in other chunks gives the
+    noise floor: what rounding alone does. Recommends `replay_windows`.
 
-    Needs no service; takes some minutes for the demo model. Exit status 1 if no measured depth will do.
+    Needs no service; takes some minutes for the demo model. Exit status 1 if
+    no measured depth will do.
     """
     from deployments.local import measure_replay as measure_command
     from deployments.local.up import read_config

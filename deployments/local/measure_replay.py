@@ -22,6 +22,7 @@ from rich.table import Table
 
 from cluster.conversation import Message, TokenIds
 from deployments.config import ConfigError, ServiceConfig
+from deployments.conversation_records import MIN_SINK_TOKENS
 from deployments.engine_files import EngineFiles, locate_engine, start_engine
 from deployments.errors import ServiceError
 from deployments.local.progress import Steps
@@ -31,7 +32,6 @@ from deployments.text import ChatCodec
 from engine.protocol import EngineDead, TurnFailed
 from engine.replay_quality import Bar, Recommendation, ReplayQuality, recommend
 
-MIN_SINK_TOKENS = 4
 MAX_MESSAGE_TOKENS = 256
 PROMPT = "Continue this text at length: "
 """Bare passages get short answers, and a comparison of few tokens."""
