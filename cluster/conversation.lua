@@ -272,8 +272,15 @@ end
 local function get(keys, args)
   if not owned(keys[1], args[1]) then
     return missing(keys[1])
+  elseif not is_awake() then
+    return { 'RESTARTED' }
   end
-  return { 'OK', view(keys[1], clock()) }
+  local now = clock()
+  local remaining = recovering(now)
+  if remaining then
+    return { 'RECOVERING', remaining }
+  end
+  return { 'OK', view(keys[1], now) }
 end
 
 -- args: tenant limit before|''

@@ -57,12 +57,13 @@ class MemoryStore:
         self._tombstones: dict[str, tuple[int, float]] = {}
         self._histories: dict[tuple[str, str], tuple[HistoryMatch, Record]] = {}
         self._life = new_nonce()
-        self._recovered_s = 0.0
+        self._woken_s = self._recovered_s = 0.0
 
     def restart(self) -> None:
         """What a server does that dies and comes back: a new life, and time for owners to repair it."""
         self._life = new_nonce()
-        self._recovered_s = self._clock() + self._limits.recovery_s
+        self._woken_s = self._clock()
+        self._recovered_s = self._woken_s + self._limits.recovery_s
 
     async def create(self, new: NewConversation) -> Conversation:
         self._limits.check_metadata(new.metadata)
@@ -85,7 +86,9 @@ class MemoryStore:
         return record.view(now_s)
 
     async def get(self, tenant: str, conversation_id: str) -> Conversation:
-        return self._owned(tenant, conversation_id).view(self._clock())
+        record = self._owned(tenant, conversation_id)
+        self._check_recovered()
+        return record.view(self._clock())
 
     async def list(self, tenant: str, limit: int = 20, after: str = "") -> Sequence[Conversation]:
         newest_first = [
@@ -94,6 +97,8 @@ class MemoryStore:
             if (record := self._find(conversation_id)) and record.new.tenant == tenant
         ]
         ids = [conversation.conversation_id for conversation in newest_first]
+        if ids:
+            self._check_recovered()
         if after and after not in ids:
             raise NotFound(after)
         start = ids.index(after) + 1 if after else 0
@@ -269,9 +274,10 @@ class MemoryStore:
     # --- checks -----------------------------------------------------------------------------------
 
     def _check_recovered(self) -> None:
-        remaining_s = self._recovered_s - self._clock()
-        if remaining_s > 0:
-            raise Recovering(remaining_s)
+        now_s = self._clock()
+        # As with leases, a clock that went back before the restart ends the recovery.
+        if self._woken_s <= now_s < self._recovered_s:
+            raise Recovering(self._recovered_s - now_s)
 
     def _check_request(self, turn: BeginTurn, request_hash: str) -> None:
         if turn.request_hash != request_hash:

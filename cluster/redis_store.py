@@ -116,6 +116,8 @@ class RedisStore:
             if not ids:
                 break
             records, gone = await self._get_all(tenant, ids)
+            if len(records) + len(gone) < len(ids):
+                raise Recovering(self._limits.recovery_s)
             found |= records
             orphans.update(gone)
             after = ids[-1]

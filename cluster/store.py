@@ -205,12 +205,12 @@ class ConversationStore(Protocol):
         ...
 
     async def get(self, tenant: str, conversation_id: str) -> Conversation:
-        """Raises NotFound, Recovering."""
+        """Raises NotFound; Recovering also for a record that is there: an owner may know a newer one."""
         ...
 
     async def list(self, tenant: str, limit: int = 20, after: str = "") -> Sequence[Conversation]:
         """Newest first, at most `limit`, continuing after the conversation named `after`.
-        Raises NotFound when `after` is not (or no longer) a conversation of this tenant."""
+        Raises NotFound when `after` is not (or no longer) a conversation of this tenant, Recovering."""
         ...
 
     async def transcript(
