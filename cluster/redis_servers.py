@@ -12,7 +12,8 @@ asks for are the parameters `sentinel_username` and `sentinel_password`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -208,6 +209,8 @@ class ClusterServers:
     """The primaries of a Redis Cluster; keys with one hash tag are on one of them."""
 
     def __init__(self, address: Address, times: dict[str, Any], max_connections: int) -> None:
+        # Its pools refuse what is above their limit instead of making it wait.
+        self._free = asyncio.Semaphore(max_connections)
         self._client = RedisCluster(
             startup_nodes=[ClusterNode(host, port) for host, port in address.hosts],
             max_connections=max_connections,
@@ -218,24 +221,37 @@ class ClusterServers:
         )
 
     async def execute(self, *command: Argument) -> Any:
-        return await self._client.execute_command(*command)
+        async with self._use():
+            return await self._client.execute_command(*command)
 
     async def execute_batch(self, commands: Sequence[Command]) -> list[Any]:
         pipeline = self._client.pipeline()
         for command in commands:
             pipeline.execute_command(*command)
-        answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        async with self._use():
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
         return answers
 
     async def names(self) -> list[str]:
-        await self._client.initialize()
+        async with self._use():
+            await self._client.initialize()
         return sorted(node.name for node in self._client.get_primaries())
 
     async def execute_on(self, name: str, *command: Argument) -> Any:
         node = self._client.get_node(node_name=name)
         if node is None:
             raise redis_errors.ConnectionError(f"{name} is no longer part of the cluster")
-        return await self._client.execute_command(*command, target_nodes=node)
+        async with self._use():
+            return await self._client.execute_command(*command, target_nodes=node)
+
+    @contextlib.asynccontextmanager
+    async def _use(self) -> AsyncIterator[None]:
+        async with self._free:
+            try:
+                yield
+            except redis_errors.RedisClusterException as error:
+                # redis-py's own base of all errors does not cover it.
+                raise redis_errors.ConnectionError(str(error)) from error
 
     async def close(self) -> None:
         await self._client.aclose()

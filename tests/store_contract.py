@@ -248,7 +248,7 @@ class StoreContract:
     async def test_a_lost_owner_is_replaced_and_fenced(self, env: StoreEnv) -> None:
         record = await env.store.create(new_conversation())
         lost_turn = claim(record, input_ids=ids(66, 66))
-        lost = await env.store.begin(lost_turn)
+        lost = await own(env.store, lost_turn)
         await env.advance(LEASE_S + 1)
         idle = await env.store.get(ANN, record.conversation_id)
         assert (idle.running, idle.owner) == (False, "")

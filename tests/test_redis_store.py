@@ -25,7 +25,15 @@ from cluster.store import (
     StoreVersionError,
 )
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.store_contract import ANN, LEASE_S, claim, commit_of, new_conversation, run_turn
+from tests.store_contract import (
+    ANN,
+    LEASE_S,
+    claim,
+    commit_of,
+    new_conversation,
+    own,
+    run_turn,
+)
 from tests.store_envs import RedisEnv
 from tests.valkey_fixture import ValkeyServer, start_valkey
 
@@ -126,7 +134,7 @@ async def test_a_turn_survives_the_loss_of_every_reply(proxy: FaultyProxy) -> No
     proxy.lose += calls
     record = await store.create(new)
     turn = claim(record)
-    ownership = await store.begin(turn)
+    ownership = await own(store, turn)
     await store.renew(ANN, new.conversation_id, ownership.fence, LEASE_S)
     done = await store.commit(commit_of(turn, ownership))
     assert await store.get(ANN, new.conversation_id) == done
@@ -134,7 +142,7 @@ async def test_a_turn_survives_the_loss_of_every_reply(proxy: FaultyProxy) -> No
     assert len((await store.transcript(ANN, new.conversation_id))[1]) == 2
     match = await store.match_history(ANN, done.history)
     assert match is not None
-    again = await store.begin(claim(record))
+    again = await own(store, claim(record))
     await store.abort(ANN, new.conversation_id, again.fence)
     assert proxy.lost == len(calls)
     proxy.lose.append("delete")
@@ -149,7 +157,7 @@ async def test_a_commit_that_is_never_heard_of_can_be_sent_again(proxy: FaultyPr
     store = await RedisStore.connect(proxy.url, options=QUICK)
     record = await store.create(new_conversation())
     turn = claim(record)
-    commit = commit_of(turn, await store.begin(turn))
+    commit = commit_of(turn, await own(store, turn))
     proxy.lose += ["commit"] * QUICK.attempts
     with pytest.raises(StoreUnavailable):
         await store.commit(commit)
@@ -217,7 +225,7 @@ async def test_a_full_server_refuses_new_turns_and_ends_running_ones(
 ) -> None:
     records = [await store.create(new_conversation()) for _ in range(4)]
     turns = [claim(record) for record in records[:3]]
-    owned = [await store.begin(turn) for turn in turns]
+    owned = [await own(store, turn) for turn in turns]
     admin.config_set("maxmemory", 1)
     try:
         with pytest.raises(StoreUnavailable, match="raise its maxmemory"):
@@ -239,7 +247,7 @@ async def test_a_commit_stands_when_its_history_cannot_be_indexed(
 ) -> None:
     record = await store.create(new_conversation())
     turn = claim(record)
-    ownership = await store.begin(turn)
+    ownership = await own(store, turn)
     admin.config_set("maxmemory", 1)
     try:
         with caplog.at_level(logging.WARNING):
@@ -256,7 +264,7 @@ async def test_a_commit_stands_whatever_its_index_meets(
 ) -> None:
     record = await store.create(new_conversation())
     turn = claim(record)
-    ownership = await store.begin(turn)
+    ownership = await own(store, turn)
     call = store._functions.call
 
     async def without_index(name: str, keys: Any, args: Any) -> Any:
@@ -275,7 +283,7 @@ async def test_a_read_only_replica_is_named(own_server: ValkeyServer) -> None:
         client.replicaof("127.0.0.1", "1")
     assert await store.get(ANN, record.conversation_id) == record
     with pytest.raises(StoreUnavailable, match="point the URL at the primary"):
-        await store.begin(claim(record))
+        await own(store, claim(record))
     await store.close()
 
 
@@ -298,7 +306,7 @@ async def test_every_key_expires_and_a_conversation_shares_a_hash_tag(
 ) -> None:
     record = await store.create(new_conversation())
     await run_turn(store, record)
-    await store.begin(claim(record))
+    await own(store, claim(record))
     keys = [str(key, "ascii") for key in admin.scan_iter()]
     assert len(keys) == 4
     assert all(key.startswith("sinkserve:") for key in keys)
@@ -383,9 +391,9 @@ async def test_a_clock_that_goes_back_does_not_lock_a_conversation(
     env = await RedisEnv.make(valkey_server, StoreLimits())
     record = await env.store.create(new_conversation())
     await env.advance(3600.0)
-    before = await env.store.begin(claim(record))
+    before = await own(env.store, claim(record))
     await env.advance(-3600.0)
-    after = await env.store.begin(claim(record))
+    after = await own(env.store, claim(record))
     assert after.fence.epoch == before.fence.epoch + 1
     await env.close()
 
