@@ -198,13 +198,15 @@ class _Attempts:
         if tried or (patient and late):
             raise ServiceError(info)
         self.last_code = info.code
-        self._note(loss)
+        self._note(info.code, loss)
         log.warning("turn of %s is called again: %s", self._call.conversation_id, info.code)
         return pause_s
 
-    def _note(self, loss: Loss) -> None:
+    def _note(self, code: str, loss: Loss) -> None:
         """Where not to go next, and whether the owner's claim is void."""
-        if loss == "unreachable":
+        # A second witness: another replica knows of a running turn, and cannot say what it does.
+        cannot_join = self._unreachable > 0 and code == "conversation_busy"
+        if loss == "unreachable" or cannot_join:
             self._unreachable += 1
         silent = loss == "dead" or self._unreachable > 1
         self._steal = self._steal or silent or loss == "given_up"

@@ -28,7 +28,7 @@ from engine.sampling import SamplingParams
 
 MAX_LABEL_CHARS = 512
 MAX_METADATA = 16
-MAX_METADATA_BYTES = 14 * 1024
+MAX_METADATA_BYTES = 10_000
 MAX_OPENING_MESSAGES = 64
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -109,8 +109,17 @@ def nested(depth: int) -> Any:
     return value
 
 
+def rejoining(event_id: Any, **changes: Any) -> dict[str, Any]:
+    return ask(**{"stream": True, "idempotency_key": "k", "last_event_id": event_id, **changes})
+
+
+def header(name: str, value: str) -> dict[str, str]:
+    return {**JSON_HEADERS, name: value}
+
+
 TOO_DEEP = b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 NO_SUCH = "conv_" + "0" * 32
+STREAM_OF_NONE = f"{CONVERSATIONS}/{NO_SUCH}/stream"
 TYPE, VALUE, UNSUPPORTED = "invalid_type", "invalid_value", "unsupported_value"
 
 CASES = [
@@ -446,6 +455,72 @@ CASES = [
         f"{CONVERSATIONS}/@CONVERSATION@/transcript?before=-1",
         "GET",
     ),
+    # Keys, rejoining, and what a closed connection does.
+    Case("empty key", VALUE, ask(idempotency_key=""), "idempotency_key"),
+    Case("key with a space", VALUE, ask(idempotency_key="a b"), "idempotency_key"),
+    Case("key not ASCII", VALUE, ask(idempotency_key="\u00e9"), "idempotency_key"),
+    Case("key with a line break", VALUE, ask(idempotency_key="a\nb"), "idempotency_key"),
+    Case("key too long", VALUE, ask(idempotency_key="k" * 256), "idempotency_key"),
+    Case("key a number", TYPE, ask(idempotency_key=7), "idempotency_key"),
+    Case(
+        "key header empty", VALUE, ask(), "Idempotency-Key", headers=header("Idempotency-Key", "")
+    ),
+    Case(
+        *("key header with a space", VALUE, ask(), "Idempotency-Key"),
+        headers=header("Idempotency-Key", "a b"),
+    ),
+    Case(
+        *("key header too long", VALUE, ask(), "Idempotency-Key"),
+        headers=header("Idempotency-Key", "k" * 256),
+    ),
+    Case(
+        *("two keys", VALUE, ask(idempotency_key="one"), "idempotency_key"),
+        headers=header("Idempotency-Key", "two"),
+    ),
+    Case("event id of nothing", VALUE, ask(stream=True, last_event_id="1.0"), "last_event_id"),
+    Case("event id, no stream", VALUE, rejoining("1.0", stream=False), "last_event_id"),
+    Case("event id malformed", VALUE, rejoining("1"), "last_event_id"),
+    Case("event id negative", VALUE, rejoining("1.-1"), "last_event_id"),
+    Case("event id huge", VALUE, rejoining("1." + "9" * 16), "last_event_id"),
+    Case("event id a number", TYPE, rejoining(1.5), "last_event_id"),
+    Case(
+        *("event id header malformed", VALUE, rejoining(...), "Last-Event-ID"),
+        headers=header("Last-Event-ID", "x"),
+    ),
+    Case(
+        *("two event ids", VALUE, rejoining("1.1"), "last_event_id"),
+        headers=header("Last-Event-ID", "1.2"),
+    ),
+    Case("on_disconnect unknown", VALUE, ask(on_disconnect="later"), "on_disconnect"),
+    Case("on_disconnect a boolean", TYPE, ask(on_disconnect=True), "on_disconnect"),
+    Case("stream of no one", "conversation_not_found", None, "conversation", STREAM_OF_NONE, "GET"),
+    Case(
+        *("stream of a foreign one", "conversation_not_found", None, "conversation"),
+        *(f"{CONVERSATIONS}/@FOREIGN@/stream", "GET"),
+    ),
+    Case(
+        *("stream malformed", "invalid_conversation_id", None, "conversation_id"),
+        *(f"{CONVERSATIONS}/x/stream", "GET"),
+    ),
+    Case("after malformed event", VALUE, None, "after", f"{STREAM_OF_NONE}?after=x", "GET"),
+    Case(
+        "after twice",
+        "duplicate_key",
+        None,
+        "after",
+        f"{STREAM_OF_NONE}?after=1.0&after=1.1",
+        "GET",
+    ),
+    Case("stream parameter", "unknown_field", None, "from", f"{STREAM_OF_NONE}?from=1", "GET"),
+    Case(
+        *("Last-Event-ID malformed", VALUE, None, "Last-Event-ID", STREAM_OF_NONE, "GET"),
+        headers={"Last-Event-ID": "1.x"},
+    ),
+    Case(
+        *("event of a turn to come", "turn_conflict", None, "conversation"),
+        *(f"{CONVERSATIONS}/@CONVERSATION@/stream?after=999999.0", "GET"),
+    ),
+    Case("wrong method on a stream", "method_not_allowed", path=STREAM_OF_NONE),
 ]
 
 # Odd but good: each gets 200 and a reply. Special tokens in the text are text.
@@ -467,6 +542,11 @@ ODD_CASES = {
     "top_p 0": ask(top_p=0),
     "top_k -1": ask(top_k=-1),
     "a negative seed": ask(seed=-1),
+    "a key of every visible character": ask(
+        idempotency_key="".join([chr(code) for code in range(0x21, 0x7F)])
+    ),
+    "a key and to be cancelled": ask(idempotency_key="odd-2", on_disconnect="cancel"),
+    "to be finished": ask(on_disconnect="finish"),
     "extremes": ask(temperature=2, presence_penalty=-2, frequency_penalty=2, min_p=1),
 }
 

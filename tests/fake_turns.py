@@ -169,10 +169,7 @@ class FakeEngine:
 
     async def _turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
         self.calls.append(call)
-        joined = self.running.get(call.conversation_id)
-        script = Script()
-        if joined is None or joined.call.key != call.key:
-            script = self.scripts.popleft() if self.scripts else script
+        script = self.scripts.popleft() if self.scripts else Script()
         if script.accept_gate is not None:
             script.at_gate.set()
             await script.accept_gate.wait()
@@ -184,6 +181,8 @@ class FakeEngine:
         except StoreError as error:
             yield TurnRefused(store_error_info(error, call.conversation_id))
             return
+        if not isinstance(begun, Ownership):
+            self.scripts.appendleft(script)
         if isinstance(begun, CommittedTurn):
             yield self._accepted(call, begun.turn, begun.result)
             yield _remembered(begun)
@@ -277,7 +276,8 @@ class FakeEngine:
                 script.at_gate.set()
                 await script.gate.wait()
             if k == script.die_at:
-                await self._store_tokens(turn, sampled[: k + script.ahead])
+                for ahead in range(k, min(k + script.ahead, len(sampled))):
+                    await self._store_token(turn, ahead, sampled[ahead])
                 raise Died
             if k == script.fail_at and script.fail is not None:
                 if isinstance(script.fail, Exception):
@@ -285,15 +285,15 @@ class FakeEngine:
                 yield TurnRefused(script.fail)
                 return
             if k != script.lose:
-                await self._store_tokens(turn, sampled[: k + 1])
+                await self._store_token(turn, k, token_id)
                 yield TurnTokens(k, (token_id,), self._logprobs(call, token_id))
         yield await self._commit(turn, script, sampled)
 
-    async def _store_tokens(self, turn: FakeTurn, token_ids: list[int]) -> None:
+    async def _store_token(self, turn: FakeTurn, k: int, token_id: int) -> None:
         if self.durability == "token":
-            call, ids = turn.call, np.array(token_ids, np.int32)
+            call, ids = turn.call, np.array([token_id], np.int32)
             one = Checkpoint(
-                call.conversation_id, call.tenant, turn.owned.fence, 0, ids, lease_s=30.0
+                call.conversation_id, call.tenant, turn.owned.fence, k, ids, lease_s=30.0
             )
             assert await self.store.checkpoint([one]) == [None]
 

@@ -110,7 +110,8 @@ def service() -> Iterator[FakeService]:
                 self.send_header("Content-Type", "text/event-stream")
                 self.end_headers()
                 for event in fake.turns.pop(0)():
-                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                    head = f"id: {event.pop('event_id')}\n" if "event_id" in event else ""
+                    self.wfile.write(f"{head}data: {json.dumps(event)}\n\n".encode())
                     self.wfile.flush()
                 self.wfile.write(b"data: [DONE]\n\n")
 
@@ -216,6 +217,44 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(service: FakeService) -> None
     assert "stopped; this turn is forgotten" in shown
     assert "fine" in shown
     assert chat.failed_turns == 0
+
+
+@pytest.mark.parametrize("how", ["broken", "replica_lost"])
+def test_a_chat_does_not_notice_that_its_stream_broke(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("deployments.local.client._PAUSE_S", 0.0)
+
+    def cut() -> Iterator[dict[str, Any]]:
+        opening, first, *_ = reply_events("Hello there")
+        yield opening | {"event_id": "1.0"}
+        yield first | {"event_id": "1.6"}
+        if how == "broken":
+            raise ConnectionAbortedError
+        yield {"error": {"code": "replica_lost", "message": "gone"}}
+
+    def rest() -> Iterator[dict[str, Any]]:
+        opening, _, *others = reply_events("Hello there")
+        yield opening | {"event_id": "1.6"}
+        yield from others
+
+    service.turns = [cut, rest]
+    chat, shown = talk(service, ["Hi"], conversation_id=CONVERSATION)
+    assert "\nHello there \n" in shown
+    assert chat.failed_turns == 0
+    first, second = service.bodies
+    assert "last_event_id" not in first
+    assert second == first | {"last_event_id": "1.6"}
+    assert len(first["idempotency_key"]) == 32
+
+
+def test_a_chat_gives_up_in_the_end(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.local.client._PAUSE_S", 0.0)
+    monkeypatch.setattr("deployments.local.client.PATIENCE_S", -1.0)
+    service.turns = [lambda: iter([{"error": {"code": "replica_lost", "message": "gone"}}])]
+    chat, shown = talk(service, ["Hi"], conversation_id=CONVERSATION)
+    assert "(replica_lost)" in shown
+    assert chat.failed_turns == 1
 
 
 def test_a_refused_turn_is_explained_and_counted(service: FakeService) -> None:

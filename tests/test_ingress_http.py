@@ -328,6 +328,7 @@ async def test_a_disconnect_in_the_middle_of_the_body(server: Server) -> None:
 
 async def test_a_client_that_stops_reading_is_given_up() -> None:
     front = make_front(stall_timeout_s=0.2)
+    front.engine.durability = "turn"
     front.engine.scripts.append(Script("x" * 60_000, gate=asyncio.Event(), gate_at=59_000))
     body = json.dumps({"model": MODEL, "messages": HI, "stream": True}).encode()
     async with serving(front) as server:

@@ -92,7 +92,7 @@ class Chat:
                 "messages": [{"role": "user", "content": text}],
                 "conversation": self._conversation(),
             }
-            with contextlib.closing(self._client.stream(body, reply)) as pieces:
+            with contextlib.closing(self._client.patient_stream(body, reply)) as pieces:
                 for piece in pieces:
                     self._write(printable(piece))
         except KeyboardInterrupt:
@@ -166,7 +166,7 @@ def summary(reply: Reply) -> str:
     parts = [f"turn {reply.turn}", f"{age:,} tokens old"]
     parts.append(f"{int(counts.get('evicted_tokens', 0)):,} out of the window")
     parts.append(f"{int(counts.get('prefill_tokens', 0)):,} prefilled")
-    if counts.get("recovery") in ("exact", "replay"):
+    if counts.get("recovery") not in (None, "none"):
         parts.append(f"restored ({counts['recovery']})")
     if reply.ttft_s is not None:
         parts.append(f"first token {reply.ttft_s * 1000:.0f} ms")

@@ -7,6 +7,7 @@ ApiError
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -16,6 +17,20 @@ from typing import Any, Self
 import httpx
 
 CONNECT_TIMEOUT_S = 5.0
+PATIENCE_S = 30.0
+_PAUSE_S = 0.2
+_MAX_PAUSE_S = 2.0
+_PASSING = frozenset(
+    {
+        "stream_cut",
+        "unreachable",
+        "replica_lost",
+        "store_unavailable",
+        "store_recovering",
+        "not_ready",
+    }
+    | {"unknown"}
+)
 
 
 class ApiError(Exception):
@@ -48,6 +63,8 @@ class Reply:
     head: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     text_times_s: list[float] = field(default_factory=list)
+    event_id: str = ""
+    """Of the last event taken in: where the stream can be rejoined."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -149,17 +166,43 @@ class ApiClient:
                 if response.status_code >= 400:
                     response.read()
                     raise _error_of(response.status_code, _json_of(response))
+                event_id = reply.event_id
                 for line in response.iter_lines():
-                    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                    if data == "[DONE]":
+                    name, _, value = line.partition(":")
+                    if name == "id":
+                        event_id = value.strip()
+                    if name != "data":
+                        continue
+                    if value.strip() == "[DONE]":
                         return
-                    if data:
-                        text = reply.apply(json.loads(data), time.perf_counter() - started)
-                        if text:
-                            yield text
+                    text = reply.apply(json.loads(value), time.perf_counter() - started)
+                    reply.event_id = event_id
+                    if text:
+                        yield text
         except httpx.HTTPError as error:
             raise self._lost(error) from error
         raise ApiError(0, "stream_cut", "the reply broke off before its end")
+
+    def patient_stream(self, body: dict[str, Any], reply: Reply) -> Generator[str]:
+        """As `stream`; a turn that breaks off is asked for again under its key, from where it broke,
+        for `PATIENCE_S` after the last text. The first answer must come at once."""
+        body = {**body, "idempotency_key": secrets.token_hex(16), "on_disconnect": "cancel"}
+        last_s, pause_s = time.monotonic(), _PAUSE_S
+        while True:
+            try:
+                for text in self.stream(body, reply):
+                    last_s, pause_s = time.monotonic(), _PAUSE_S
+                    yield text
+                return
+            except ApiError as error:
+                waited_s = time.monotonic() - last_s
+                unanswered = error.code == "unreachable" and not reply.event_id
+                if error.code not in _PASSING or unanswered or waited_s > PATIENCE_S:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+            if reply.event_id:
+                body["last_event_id"] = reply.event_id
 
     def _checked(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
