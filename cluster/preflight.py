@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ import psutil
 import redis
 
 from cluster.redis_functions import LIBRARY, LIBRARY_VERSION
+from cluster.redis_servers import CLUSTER_SCHEMES, primaries
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -31,6 +32,7 @@ MIN_PYTHON = (3, 11)
 MIN_REDIS = (7, 0)
 MIN_DISK_BYTES = 2 * GIB
 MAX_CLOCK_SKEW_S = 1.0
+STORE_TIMEOUT_S = 2.0
 SLOW_ROUND_TRIP_S = 0.005
 FULL_SHARE = 0.8
 
@@ -166,35 +168,47 @@ def embedded_server() -> Check:
 
 
 def store(url: str) -> list[Check]:
-    """Ask the Redis server at `url`. The URL's password is never part of a finding."""
+    """Ask the Redis server at `url`, or each of the servers behind it. The URL's password is never part
+    of a finding."""
+    advice = "Start it, or correct its URL, user and password"
     try:
-        client = redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
+        servers = primaries(url, STORE_TIMEOUT_S)
     except ValueError as error:
-        return [Check("store", "fail", str(error), "Use redis://, rediss:// or unix://")]
-    with client:
-        try:
-            start_s = time.perf_counter()
-            client.ping()
-            round_trip_s = time.perf_counter() - start_s
-            seconds, micros = client.time()
-            skew_s = time.time() - seconds - micros / 1e6
-            info: dict[str, Any] = client.info("all")
-        except redis.RedisError as error:
-            advice = "Start it, or correct its URL, user and password"
-            return [Check("store", "fail", f"no answer: {error}", advice)]
-        return [
-            reachable(round_trip_s),
-            server_version(info),
-            server_role(info),
-            function_library(_library_version(client)),
-            persistence(info, _fsync_policy(client)),
-            eviction(info),
-            clock_skew(skew_s),
-        ]
+        return [Check("store", "fail", str(error), "Use another URL")]
+    except redis.RedisError as error:
+        return [Check("store", "fail", f"no answer: {error}", advice)]
+    checks: list[Check] = []
+    for name, client in servers.items():
+        with client:
+            try:
+                found = _server(client, in_cluster=url.partition("://")[0] in CLUSTER_SCHEMES)
+            except redis.RedisError as error:
+                found = [Check("store", "fail", f"no answer: {error}", advice)]
+        suffix = f" {name}" if name else ""
+        checks += [replace(check, name=check.name + suffix) for check in found]
+    return checks
+
+
+def _server(client: redis.Redis, in_cluster: bool) -> list[Check]:
+    start_s = time.perf_counter()
+    client.ping()
+    round_trip_s = time.perf_counter() - start_s
+    seconds, micros = client.time()
+    skew_s = time.time() - seconds - micros / 1e6
+    info: dict[str, Any] = client.info("all")
+    return [
+        reachable(round_trip_s),
+        server_version(info),
+        server_role(info, in_cluster),
+        function_library(_library_version(client)),
+        persistence(info, _fsync_policy(client)),
+        eviction(info),
+        clock_skew(skew_s),
+    ]
 
 
 def reachable(round_trip_s: float) -> Check:
-    """A turn makes about four round trips."""
+    """A turn makes about four round trips, and one for each step of its replica."""
     detail = f"answers in {round_trip_s * 1e3:.1f} ms"
     if round_trip_s > SLOW_ROUND_TRIP_S:
         return Check("store", "warn", detail, "Put it nearer: every turn waits for it")
@@ -212,13 +226,14 @@ def server_version(info: Mapping[str, Any]) -> Check:
     return Check("store version", "ok", f"Redis {version}")
 
 
-def server_role(info: Mapping[str, Any]) -> Check:
+def server_role(info: Mapping[str, Any], in_cluster: bool = False) -> Check:
     """The URL must lead to a server that takes writes for every key."""
     if info.get("role") != "master":
         return Check("store role", "fail", "a read-only replica", "Point the URL at the primary")
-    if info.get("redis_mode") == "cluster":
-        return Check("store role", "fail", "a cluster", "Use one server and its replicas")
-    return Check("store role", "ok", "primary")
+    if (info.get("redis_mode") == "cluster" or info.get("cluster_enabled")) and not in_cluster:
+        advice = "Name its servers: redis+cluster://host:6379,host:6379"
+        return Check("store role", "fail", "one of a cluster", advice)
+    return Check("store role", "ok", "primary of its slots" if in_cluster else "primary")
 
 
 def function_library(found: int | str | None) -> Check:

@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from redis import Redis as SyncRedis
 from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode as SyncClusterNode
+from redis.cluster import RedisCluster as SyncCluster
+from redis.sentinel import Sentinel as SyncSentinel
 
 Argument = str | int | bytes
 Command = Sequence[Argument]
@@ -53,6 +57,15 @@ class Address:
         return {
             "username": self.username,
             "password": self.password,
+            "ssl": self.scheme.startswith("rediss"),
+        }
+
+    @property
+    def sentinel_credentials(self) -> dict[str, Any]:
+        """What every connection to a Sentinel is made with."""
+        return {
+            "username": self.parameters.get("sentinel_username"),
+            "password": self.parameters.get("sentinel_password"),
             "ssl": self.scheme.startswith("rediss"),
         }
 
@@ -151,14 +164,38 @@ def open_servers(url: str, timeout_s: float, max_connections: int) -> Servers:
     return OneServer(Redis.from_pool(pool))
 
 
-def _sentinel(address: Address, times: dict[str, Any], max_connections: int) -> OneServer:
-    asking = {
-        **times,
-        "username": address.parameters.get("sentinel_username"),
-        "password": address.parameters.get("sentinel_password"),
-        "ssl": address.credentials["ssl"],
-        "retry": Retry(NoBackoff(), 0),
+def primaries(url: str, timeout_s: float) -> dict[str, SyncRedis]:
+    """Blocking clients of the servers that take writes now, by name, for a look behind the store's
+    back. The caller closes them. Raises ValueError, redis-py's errors."""
+    if problem := url_problem(url):
+        raise ValueError(problem)
+    times: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    if url.partition("://")[0] in PLAIN_SCHEMES:
+        return {"": SyncRedis.from_url(url, **times)}
+    address = Address.parse(url)
+    to_data = {**times, **address.credentials}
+    if address.scheme in SENTINEL_SCHEMES:
+        asked = SyncSentinel(  # type: ignore[no-untyped-call]
+            address.hosts, sentinel_kwargs={**times, **address.sentinel_credentials}
+        )
+        host, port = asked.discover_master(address.path[0])  # type: ignore[no-untyped-call]
+        return {f"{host}:{port}": SyncRedis(host=host, port=port, **to_data)}
+    nodes = [
+        SyncClusterNode(host, port)  # type: ignore[no-untyped-call]
+        for host, port in address.hosts
+    ]
+    try:
+        with SyncCluster(startup_nodes=nodes, **to_data) as cluster:
+            found = [(node.host, node.port) for node in cluster.get_primaries()]
+    except redis_errors.RedisClusterException as error:
+        raise redis_errors.ConnectionError(str(error)) from error
+    return {
+        f"{host}:{port}": SyncRedis(host=host, port=port, **to_data) for host, port in sorted(found)
     }
+
+
+def _sentinel(address: Address, times: dict[str, Any], max_connections: int) -> OneServer:
+    asking = {**times, **address.sentinel_credentials, "retry": Retry(NoBackoff(), 0)}
     sentinel = Sentinel(address.hosts, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
     client: Redis = sentinel.master_for(
         address.path[0],

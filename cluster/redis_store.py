@@ -207,22 +207,26 @@ class RedisStore:
         await self._index(conversation, answer[1].decode())
         return conversation
 
-    async def _index(self, conversation: Conversation, previous: str) -> None:
+    async def _index(
+        self, conversation: Conversation, previous: str, is_listed: bool = True
+    ) -> None:
         """Remember where the transcript ended, instead of its entry at the history `previous`.
         Not knowing it costs a replay, losing a turn is worse."""
         tenant, ttl = conversation.tenant, _micros(self._limits.ttl_s)
-        entry = json.dumps(_index_entry(conversation, conversation.turn))
-        calls = [
-            self._call("remember", [_history_key(tenant, conversation.history)], [entry, ttl]),
-            self._call("keep", [_tenant_key(tenant)], [2 * ttl]),
-        ]
+        name = conversation.conversation_id
+        index = _tenant_key(tenant)
+        calls: Any = [("keep", index, [2 * ttl])]
+        if not is_listed:
+            calls = [("enlist", index, [name, 2 * ttl])]
+        if conversation.turn:
+            entry = json.dumps(_index_entry(conversation, conversation.turn))
+            calls.append(("remember", _history_key(tenant, conversation.history), [entry, ttl]))
         if previous not in ("", conversation.history):
-            start = json.dumps([conversation.conversation_id])[:-1]
-            calls.append(self._call("forget", [_history_key(tenant, previous)], [start]))
+            calls.append(("forget", _history_key(tenant, previous), [json.dumps([name])[:-1]]))
         try:
-            await asyncio.gather(*calls)
+            await asyncio.gather(*(self._call(name, [key], args) for name, key, args in calls))
         except StoreError as error:
-            log.warning("turn committed, but its history cannot be matched: %s", error)
+            log.warning("the record is stored, but its indexes are not: %s", error)
 
     async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:
         await self._call(
@@ -234,8 +238,6 @@ class RedisStore:
 
     async def repair(self, snapshot: Snapshot) -> None:
         last = snapshot.conversation
-        index = _tenant_key(last.tenant)
-        await self._call("enlist", [index], [last.conversation_id, _micros(2 * self._limits.ttl_s)])
         [previous] = await self._call(
             "repair",
             _keys(last.conversation_id),
@@ -250,8 +252,7 @@ class RedisStore:
             ],
             last.conversation_id,
         )
-        if last.turn:
-            await self._index(last, previous.decode())
+        await self._index(last, previous.decode(), is_listed=False)
 
     async def rebase(self, rebase: Rebase) -> Conversation:
         [view] = await self._call(

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import redis
 
+from cluster import preflight
 from cluster.conversation import BusyTurn, Checkpoint
 from cluster.redis_functions import LIBRARY, RedisOptions
 from cluster.redis_servers import Address, url_problem
@@ -148,6 +149,18 @@ async def test_each_server_of_a_cluster_has_a_life_of_its_own(
     await store.close()
 
 
+def test_doctor_asks_every_server_of_a_cluster(
+    three_servers: tuple[str, Sequence[ValkeyServer]],
+) -> None:
+    url, servers = three_servers
+    roles = [check for check in preflight.store(url) if check.name.startswith("store role ")]
+    assert [check.verdict for check in roles] == ["ok"] * 3
+    assert len({check.name for check in roles}) == 3
+    alone = {check.name: check for check in preflight.store(servers[0].url)}
+    assert alone["store role"].verdict == "fail"
+    assert "redis+cluster://" in alone["store role"].advice
+
+
 # --- a replica takes over ------------------------------------------------------------------------
 
 
@@ -197,6 +210,8 @@ async def test_a_primary_that_was_a_replica_for_a_while_is_another_life() -> Non
 
 async def test_sentinel_leads_to_the_primary_of_the_hour() -> None:
     with replicated() as servers, sentinel(servers.ports[0]) as url:
+        [role] = [check for check in preflight.store(url) if check.name.startswith("store role")]
+        assert (role.name, role.verdict) == (f"store role 127.0.0.1:{servers.ports[0]}", "ok")
         store = await RedisStore.connect(url, options=PATIENT)
         life = await store.pulse()
         record = await store.create(new_conversation())
@@ -229,6 +244,7 @@ async def test_no_server_behind_these_urls() -> None:
     for url in ("redis+sentinel://127.0.0.1:1,127.0.0.1:2/service", "redis+cluster://127.0.0.1:1"):
         with pytest.raises(StoreUnavailable):
             await RedisStore.connect(url, options=quick)
+        assert [check.verdict for check in preflight.store(url)] == ["fail"]
 
 
 async def test_a_life_survives_calls_and_ends_with_its_library(redis_url: str) -> None:

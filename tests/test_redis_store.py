@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -14,11 +15,19 @@ import numpy as np
 import pytest
 import redis
 
-from cluster.conversation import new_conversation_id
+from cluster.conversation import (
+    Checkpoint,
+    CommittedTurn,
+    Fence,
+    Ownership,
+    new_conversation_id,
+)
 from cluster.redis_functions import LIBRARY_VERSION, FunctionClient, RedisOptions, library_text
 from cluster.redis_store import ORPHAN_AGE_S, RedisStore
 from cluster.store import (
+    Conflict,
     NotFound,
+    Quarantined,
     StoreError,
     StoreLimits,
     StoreUnavailable,
@@ -28,13 +37,17 @@ from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.store_contract import (
     ANN,
     LEASE_S,
+    checkpoint,
     claim,
     commit_of,
+    ids,
+    largest_record,
     new_conversation,
     own,
     run_turn,
 )
 from tests.store_envs import RedisEnv
+from tests.store_failover_contract import again, rebase_of, running_snapshot
 from tests.valkey_fixture import ValkeyServer, start_valkey
 
 NO_RECOVERY = StoreLimits(recovery_s=0.0)
@@ -130,12 +143,14 @@ async def test_a_fault_in_the_library_is_not_an_outage(
 async def test_a_turn_survives_the_loss_of_every_reply(proxy: FaultyProxy) -> None:
     store = await RedisStore.connect(proxy.url)
     new = new_conversation()
-    calls = ["enlist", "create", "begin", "renew", "commit", "remember", "keep", "get", "abort"]
+    calls = ["enlist", "create", "begin", "renew", "checkpoint", "commit", "remember", "keep"]
+    calls += ["get", "abort"]
     proxy.lose += calls
     record = await store.create(new)
     turn = claim(record)
     ownership = await own(store, turn)
     await store.renew(ANN, new.conversation_id, ownership.fence, LEASE_S)
+    await checkpoint(store, turn, ownership, 0, ids(7, 8))
     done = await store.commit(commit_of(turn, ownership))
     assert await store.get(ANN, new.conversation_id) == done
     assert (done.turn, done.token_count) == (1, 6)
@@ -150,6 +165,63 @@ async def test_a_turn_survives_the_loss_of_every_reply(proxy: FaultyProxy) -> No
     assert proxy.lost == len(calls) + 1
     with pytest.raises(NotFound):
         await store.delete(ANN, new.conversation_id)
+    await store.close()
+
+
+async def test_takeovers_repairs_and_rebases_survive_the_loss_of_their_replies(
+    proxy: FaultyProxy,
+) -> None:
+    store = await RedisStore.connect(proxy.url)
+    record = await store.create(new_conversation())
+    turn = claim(record, key="k")
+    await own(store, turn)
+    proxy.lose.append("begin")
+    taken_by = again(turn, steal=True)
+    taken = await own(store, taken_by)
+    assert taken.attempt == 1
+    proxy.lose += ["begin", "repair", "rebase", "forget"]
+    with pytest.raises(Quarantined):
+        await store.begin(again(turn, steal=True))
+    after = await store.get(ANN, record.conversation_id)
+    ahead = dataclasses.replace(after, epoch=after.epoch + 1)
+    lost = dataclasses.replace(taken, conversation=ahead)
+    await store.repair(running_snapshot(taken_by, lost, ids(7)))
+    fence = Fence(ahead.epoch, taken_by.nonce)
+    await store.abort(ANN, record.conversation_id, fence)
+    for _ in range(2):
+        done = await run_turn(store, record)
+    assert (await store.rebase(rebase_of(done))).token_count == 0
+    assert proxy.lose == []
+    await store.close()
+
+
+async def test_a_batch_of_checkpoints_survives_the_loss_of_its_reply(
+    proxy: FaultyProxy, admin: redis.Redis
+) -> None:
+    store = await RedisStore.connect(proxy.url, NO_RECOVERY, QUICK)
+    records = [await store.create(new_conversation()) for _ in range(5)]
+    turns = [claim(record, key="k") for record in records]
+    owned = [await own(store, turn) for turn in turns]
+
+    def batch(k: int, token: int) -> list[Checkpoint]:
+        return [
+            Checkpoint(turn.conversation_id, ANN, claimed.fence, k, ids(token), LEASE_S)
+            for turn, claimed in zip(turns, owned, strict=True)
+        ]
+
+    proxy.lose.append("checkpoint")
+    assert list(await store.checkpoint(batch(0, 5))) == [None] * 5
+    admin.function_flush()
+    assert list(await store.checkpoint(batch(1, 6))) == [None] * 5
+    proxy.lose += ["checkpoint"] * QUICK.attempts
+    answers = await store.checkpoint(batch(2, 7))
+    assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
+    assert list(await store.checkpoint(batch(2, 7))) == [None] * 5
+    admin.set(f"sinkserve:{{{records[2].conversation_id}}}:rec", "no hash")
+    kinds = [type(answer) for answer in await store.checkpoint(batch(3, 8))]
+    assert kinds == [type(None), type(None), StoreError, type(None), type(None)]
+    found = await own(store, turns[0])
+    assert found.output_ids.tolist() == [5, 6, 7, 8]
     await store.close()
 
 
@@ -233,6 +305,8 @@ async def test_a_full_server_refuses_new_turns_and_ends_running_ones(
         with pytest.raises(StoreUnavailable, match="raise its maxmemory"):
             await store.create(new_conversation())
         await store.renew(ANN, records[0].conversation_id, owned[0].fence, LEASE_S)
+        await checkpoint(store, turns[0], owned[0], 0, ids(7))
+        await store.repair(running_snapshot(turns[0], owned[0], ids(7, 8)))
         assert (await store.commit(commit_of(turns[0], owned[0]))).turn == 1
         await store.abort(ANN, records[1].conversation_id, owned[1].fence)
         await store.delete(ANN, records[2].conversation_id)
@@ -255,7 +329,7 @@ async def test_a_commit_stands_when_its_history_cannot_be_indexed(
     finally:
         admin.config_set("maxmemory", 0)
     assert done.turn == 1
-    assert "its history cannot be matched" in caplog.text
+    assert "its indexes are not" in caplog.text
     assert await store.match_history(ANN, done.history) is None
 
 
@@ -408,6 +482,36 @@ async def test_a_clock_that_goes_back_does_not_reorder_the_list(
         await env.advance(-60.0)
     assert list(await env.store.list(ANN)) == records[::-1]
     assert list(await env.store.list(ANN, 2, records[2].conversation_id)) == records[1::-1]
+    await env.close()
+
+
+async def test_a_record_of_version_1_is_read(valkey_server: ValkeyServer, redis_url: str) -> None:
+    env = await RedisEnv.make(valkey_server, StoreLimits())
+    record = await env.store.create(new_conversation())
+    await run_turn(env.store, record)
+    lost = await own(env.store, claim(record, key="k"))
+    key = f"sinkserve:{{{record.conversation_id}}}:rec"
+    newer = {"born", "previous", "results", "run_key", "run_hash", "run_attempts", "run_resumed"}
+    newer |= {"run_output", "run_tail", "run_folded"}
+    assert env.client.hdel(key, *newer) == 6
+    with pytest.raises(Conflict):
+        await env.store.begin(claim(record, key="k"))
+    await checkpoint(env.store, claim(record), lost, 0, ids(7))
+    done = await env.store.commit(commit_of(claim(record), lost))
+    assert (done.turn, done.token_count) == (2, 12)
+    assert (await run_turn(env.store, record, key="k")).turn == 3
+    assert isinstance(await env.store.begin(claim(record, key="k")), CommittedTurn)
+    assert env.client.hdel(key, "results") == 1
+    assert isinstance(await env.store.begin(claim(record, key="k")), Ownership)
+    await env.close()
+
+
+@pytest.mark.slow
+async def test_ten_thousand_turns_as_large_as_can_be(
+    valkey_server: ValkeyServer, redis_url: str
+) -> None:
+    env = await RedisEnv.make(valkey_server, StoreLimits())
+    assert await largest_record(env, sink_tokens=4, window_tokens=2044, turns=10_000) <= 100 * 1024
     await env.close()
 
 
