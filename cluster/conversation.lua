@@ -10,7 +10,7 @@
 --   fixed    tenant fingerprint sink_tokens window_tokens recent_tokens metadata identity created born
 --   state    turn token_count head history previous owner epoch updated result sinks recent
 --   results  what is remembered of turns under their keys, see RESULTS
---   log      log_start log_bytes
+--   log      log_start log_end log_bytes
 --   running  see RUNNING                                    (only between begin and its end)
 --   ended    end_epoch end_nonce end_how                    (how the last claim ended)
 --   gone     the epoch of a conversation that was deleted   (nothing else is left of it)
@@ -28,7 +28,7 @@ local RUNNING = {
 }
 local VIEW = {
   'tenant', 'fingerprint', 'sink_tokens', 'window_tokens', 'turn', 'token_count', 'head', 'history',
-  'owner', 'epoch', 'created', 'updated', 'metadata', 'result',
+  'owner', 'epoch', 'created', 'updated', 'metadata', 'result', 'recent_tokens', 'log_end',
 }
 local ENDED = { 'end_epoch', 'end_nonce', 'end_how' }
 local MAX_TAIL_BYTES = 1024
@@ -92,9 +92,9 @@ local function view(key, now)
   local values = redis.call('HMGET', key, unpack(VIEW))
   if is_live(fields, now) then
     values[9] = fields.run_owner
-    values[15] = 1
+    values[#VIEW + 1] = 1
   else
-    values[15] = 0
+    values[#VIEW + 1] = 0
   end
   return values
 end
@@ -124,7 +124,10 @@ local function append(keys, args, first, max_messages, max_bytes)
     length = length - 1
     start = start + 1
   end
-  redis.call('HSET', keys[1], 'log_start', int(start), 'log_bytes', int(bytes))
+  redis.call(
+    'HSET', keys[1],
+    'log_start', int(start), 'log_end', int(start + length), 'log_bytes', int(bytes)
+  )
 end
 
 local function forget_running(key)
@@ -480,11 +483,6 @@ local function commit(keys, args)
   local now = clock()
   local state = standing(fields, args[2], args[3])
   if state == 'running' then
-    local stored = output_of(fields)
-    local both = math.min(#stored, #args[5])
-    if stored:sub(1, both) ~= args[5]:sub(1, both) then
-      return { 'FENCED' }
-    end
     local turn = tonumber(fields.turn) + 1
     fields.previous = fields.history
     advance(keys[1], fields.run_input .. args[5])

@@ -444,7 +444,7 @@ def _result_fields(result: RememberedTurn) -> list[Argument]:
 
 def _conversation(conversation_id: str, view: Answer) -> Conversation:
     """Reads what `view` in conversation.lua writes."""
-    text = [field.decode() for field in view[:14]]
+    text = [field.decode() for field in view[:16]]
     return Conversation(
         conversation_id=conversation_id,
         tenant=text[0],
@@ -461,5 +461,7 @@ def _conversation(conversation_id: str, view: Answer) -> Conversation:
         updated_s=int(text[11]) / 1e6,
         metadata=json.loads(text[12]),
         result=json.loads(text[13]),
-        running=bool(view[14]),
+        replay_windows=int(text[14]) // int(text[3]),
+        num_messages=int(text[15]),
+        running=bool(view[16]),
     )

@@ -11,10 +11,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.redis_servers import url_problem
 from engine.sampling import SamplingParams
 
 TOY_MODEL = "toy"
@@ -42,7 +42,7 @@ class Limits(_Strict):
     """What one request may ask for, and how long things may take."""
 
     max_input_tokens: int = Field(
-        default=8192,
+        default=8000,
         ge=1,
         le=MAX_INPUT_TOKENS,
         description="Input of one turn, tokens. May exceed the window.",
@@ -94,6 +94,16 @@ class Tunables(_Strict):
         ge=1,
         le=300,
         description="A running turn's claim on its conversation, seconds.",
+    )
+    durability: Literal["token", "turn"] = Field(
+        default="token",
+        description="What is stored before it is shown: every token, or nothing before the commit.",
+    )
+    store_hold_s: float = Field(
+        default=2.0,
+        ge=0.1,
+        le=60,
+        description="Output waits this long for a store that is away, seconds.",
     )
 
 
@@ -208,9 +218,14 @@ class ServiceConfig(Tunables):
         le=64,
         description="Windows of token ids kept to restore a cold conversation.",
     )
+    on_model_change: Literal["restart", "refuse"] = Field(
+        default="restart",
+        description="A conversation of another model or window: tokenised anew, or 409 model_changed.",
+    )
     redis_url: str = Field(
         default=EMBEDDED,
-        description=f"redis://, rediss://, unix://, or {EMBEDDED!r} (one machine).",
+        description=f"redis://, rediss://, unix://, redis+sentinel://host,host/service, "
+        f"redis+cluster://host,host, or {EMBEDDED!r} (one machine).",
     )
     data_dir: str = Field(
         default="",
@@ -249,11 +264,8 @@ class ServiceConfig(Tunables):
             )
         if self.autoscaling is not None and "replicas" in self.model_fields_set:
             found.append("replicas: autoscaling sets the number of replicas. Remove one of the two")
-        if self.redis_url != EMBEDDED and urlsplit(self.redis_url).scheme not in _REDIS_SCHEMES:
-            found.append(
-                f"redis_url: {self.redis_url!r} is not a Redis URL. "
-                f"Use redis://host:6379/0, rediss://, unix:///path or {EMBEDDED!r}"
-            )
+        if self.redis_url != EMBEDDED and (problem := url_problem(self.redis_url)):
+            found.append(f"redis_url: {problem} or {EMBEDDED!r}")
         if self.is_engine_directory:
             found += [
                 f"{name}: the engine directory {self.model!r} fixes it. "
@@ -316,9 +328,6 @@ class ServiceConfig(Tunables):
             raise ConfigError([f"user_config.{name}: not a tunable. Remove it" for name in unknown])
         fields = self.model_dump(mode="json", exclude_unset=True)
         return load_config({**fields, **user_config})
-
-
-_REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 def load_config(fields: Mapping[str, Any]) -> ServiceConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,12 +14,14 @@ from cluster.redis_store import RedisStore
 from cluster.store import StoreLimits
 from deployments.config import ServiceConfig, load_config
 from deployments.engine_files import locate_engine, start_engine, warm_up
-from deployments.turn_call import ReplicaStats, TurnCall, TurnItem
+from deployments.turn_call import FollowCall, ReplicaStats, TurnCall, TurnItem
 from deployments.turn_runner import ReplicaParts, TurnRunner
 from engine.loop import EngineLoop
 from engine.loop_types import LoopConfig
 
 log = logging.getLogger(__name__)
+
+_WATCH_PERIOD_S = 0.5
 
 
 def store_limits(config: ServiceConfig) -> StoreLimits:
@@ -61,6 +64,8 @@ class SinkReplica:
         parts = ReplicaParts(replica, files.spec, files.fingerprint, loop, store, files.codec)
         self._store = store
         self._runner = TurnRunner(parts, self._config)
+        self._asked_s = time.monotonic()
+        self._drain = asyncio.create_task(self._hand_over_when_drained())
         log.info("replica %s: %d kv_slots", replica, engine.max_resident)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -77,19 +82,44 @@ class SinkReplica:
             # Also when Ray cancels this request: the turn is over before the request is.
             await items.aclose()
 
+    async def follow(self, call: FollowCall) -> AsyncGenerator[TurnItem, None]:
+        """See `TurnRunner.follow`."""
+        items = self._runner.follow(call)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()
+
     async def stats(self) -> ReplicaStats:
         """Figures for health and metrics."""
         return self._runner.stats()
 
     def record_routing_stats(self) -> dict[str, int | bool]:
         """Ray hands these to every router, `stats_period_s` old at most."""
+        self._asked_s = time.monotonic()
         return self._runner.routing_stats()
 
     def check_health(self) -> None:
         """Raises RuntimeError, and Serve replaces this replica, when no step can work any more."""
         self._runner.check_health(self._config.step_timeout_s)
 
+    async def _hand_over_when_drained(self) -> None:
+        """Serve tells nobody that it drains a replica, and kills turns that outlast its patience. But it
+        asks a replica for statistics for as long as it may get new turns: once they were not asked for
+        for `drain_s`, running turns go on elsewhere. (Should the controller be away that long, they come
+        back here: their owner lives.)"""
+        while True:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+            if (
+                time.monotonic() - self._asked_s
+                > self._config.drain_s + self._config.stats_period_s
+            ):
+                self._runner.hand_over()
+                self._asked_s = time.monotonic()
+
     async def __del__(self) -> None:
         """Serve calls and awaits this once running requests have ended or their time is over."""
+        self._drain.cancel()
         await self._runner.close(drain_s=0.0)
         await self._store.close()

@@ -1,102 +1,82 @@
-"""One replica's turns, without Ray: claim, restore, run, stream, commit.
+"""One replica's turns, without Ray: who reads which, when it is healthy, how it ends.
 
-    begin -> submit -> TurnStarted -> tokens ... -> TurnEnded -> commit -> settle -> TurnDone
-      |         |            |            |             |          |
-      +---------+------------+------------+-------------+----------+-> discard -> abort -> TurnRefused
+    call -> a turn of this key runs here?  yes: join it
+                                           no:  a TurnTask of its own  (see deployments.turn_task)
+    engine events -> OutputGate -> TurnLog -> readers
 
-Whatever ends a turn early (client gone, deadline, fence lost, engine error) takes the same way out:
-first the slot is put back, then the claim is given up, so that the next `begin` meets neither.
+The parts: `turn_begin` gets hold of a turn, `output_gate` stores what is to be shown, `turn_log` keeps it
+for readers, `turn_progress` makes the commit of it, `store_watch` repairs a store that lost something.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import dataclasses
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
 
 import numpy as np
 
-from cluster.conversation import BeginTurn, Conversation, TurnCommit
-from cluster.store import ConversationStore, Fenced, NotFound, StoreError, StoreUnavailable
+from cluster.conversation import new_nonce
 from deployments.config import Tunables
-from deployments.errors import ErrorInfo, ServiceError
-from deployments.store_errors import store_errors
-from deployments.turn_call import ReplicaStats, TurnCall, TurnDone, TurnItem, TurnRefused
-from deployments.turn_claim import ClaimLost, TurnClaim
-from deployments.turn_progress import ReplyCodec, TurnProgress
-from engine.loop import EngineLoop
-from engine.loop_types import LoopStopped, Overloaded, TurnRunning
-from engine_build.spec import EngineSpec
+from deployments.errors import ErrorInfo
+from deployments.output_gate import OutputGate
+from deployments.store_errors import KEY_REUSED
+from deployments.store_watch import StoreWatch
+from deployments.turn_call import FollowCall, ReplicaStats, TurnCall, TurnItem, TurnRefused
+from deployments.turn_ending import HANDED_OVER
+from deployments.turn_host import ReplicaParts, TurnFigures, TurnHost
+from deployments.turn_task import TurnTask
 
-log = logging.getLogger(__name__)
+__all__ = ["ReplicaParts", "TurnRunner"]
 
-T = TypeVar("T")
-
-HANDOVER_S = 5.0
-"""How long a turn waits for this replica's previous turn of the conversation to be cleared away."""
-
-_COMMIT_PAUSE_S = 0.05
-_MAX_COMMIT_PAUSE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaParts:
-    """What a replica is made of. `fingerprint` names model, tokenizer and window."""
-
-    replica: str
-    spec: EngineSpec
-    fingerprint: str
-    loop: EngineLoop
-    store: ConversationStore
-    codec: ReplyCodec
+_STOP_TIMEOUT_S = 10.0
 
 
 class TurnRunner:
-    """Runs turns on one engine loop. Use it from one event loop."""
+    """Runs turns on one engine loop. Use it from one event loop, which must be running."""
 
     def __init__(self, parts: ReplicaParts, tunables: Tunables) -> None:
         self.tunables = tunables
         self._parts = parts
-        self._claims: dict[str, TurnClaim] = {}
-        self._chores: set[asyncio.Task[Any]] = set()
-        self._counts = {"committed_turns": 0, "refused_turns": 0, "cancelled_turns": 0}
+        self._turns: dict[tuple[str, str, str], TurnTask] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        gate = OutputGate(parts.store, lambda: self.tunables)
+        watch = StoreWatch(parts.store, self._turns.values, parts.loop.stats(0).num_slots)
+        self._host = TurnHost(parts, lambda: self.tunables, gate, watch, TurnFigures())
         self._closing = False
+        parts.loop.notify(gate.wake)
 
     async def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
         """TurnAccepted, TurnTokens..., TurnDone; or TurnRefused at any point, which is then the last.
 
-        Closing the generator, or cancelling who awaits it, ends the turn as if it had never begun.
+        Joins the turn if it runs here. Closing the generator, or cancelling who awaits it, ends the
+        turn as if it had never begun, unless somebody else reads it or one of its calls says `finish`.
         """
-        claim: TurnClaim | None = None
-        refusal: ErrorInfo | None = None
-        try:
-            self._check(call)
-            began_s = time.perf_counter()
-            deadline_s = asyncio.get_running_loop().time() + self._timeout_s(call)
-            claim = await self._begin(call)
-            progress = TurnProgress(claim, self._parts.codec, began_s)
-            self._submit(claim)
-            while not progress.has_ended:
-                for item in progress.read(await claim.mailbox.take(deadline_s)):
-                    yield item
-            yield await self._sheltered(self._commit(claim, progress))
-        except ServiceError as error:
-            refusal = error.info
-        except TimeoutError:
-            refusal = ErrorInfo("timeout", "The turn took too long and was cancelled.")
-        except Exception:
-            log.exception("turn of %s failed", call.conversation_id)
-            refusal = ErrorInfo("internal_error", "The replica failed; its log says why.")
-        finally:
-            if claim is not None and not claim.ending:
-                self._counts["refused_turns" if refusal else "cancelled_turns"] += 1
-                await self._sheltered(self._undo(claim))
-        if refusal is not None:
-            yield TurnRefused(refusal)
+        problem = self._problem(call)
+        if problem is not None:
+            yield TurnRefused(problem)
+            return
+        task = await self._task_of(call)
+        if task.call.request_hash != call.request_hash:
+            yield TurnRefused(KEY_REUSED)
+            return
+        async with aclosing(task.read(call)) as items:
+            async for item in items:
+                yield item
+
+    async def follow(self, call: FollowCall) -> AsyncGenerator[TurnItem, None]:
+        """The items, from the first, of the turn of the conversation that runs here."""
+        mine = (call.tenant, call.conversation_id)
+        for key, task in self._turns.items():
+            if key[:2] == mine and not task.is_ending:
+                async with aclosing(task.follow()) as items:
+                    async for item in items:
+                        yield item
+                return
+        yield TurnRefused(ErrorInfo("replica_lost", "No turn of the conversation runs here."))
 
     def routing_stats(self) -> dict[str, int | bool]:
         """What `cluster.placement.ReplicaView` is made from."""
@@ -106,13 +86,13 @@ class TurnRunner:
             "clean_slots": stats.clean_slots,
             "running": stats.running,
             "waiting": stats.waiting,
-            "draining": self._closing,
+            "draining": self._closing or stats.dead is not None,
         }
 
     def stats(self) -> ReplicaStats:
         """Figures for health and metrics."""
         stats = self._parts.loop.stats(0)
-        values = {
+        values: dict[str, Any] = {
             "running_turns": stats.running,
             "waiting_turns": stats.waiting,
             "resident_conversations": stats.clean_slots,
@@ -122,195 +102,82 @@ class TurnRunner:
             "engine_steps": stats.num_steps,
             "prefilled_tokens": stats.prefilled_tokens,
             "generated_tokens": stats.generated_tokens,
-            **self._counts,
         }
+        for figures in (self._host.figures, self._host.gate.figures, self._host.watch.figures):
+            values |= dataclasses.asdict(figures)
         return ReplicaStats(self._parts.replica, {k: float(v) for k, v in values.items()})
 
     def check_health(self, step_timeout_s: float) -> None:
-        """Raises RuntimeError when the engine loop is dead or one step lasts longer than that."""
+        """Raises RuntimeError when the engine loop is dead or one step lasts longer than that. Turns that
+        hang are then told to go on elsewhere."""
         stats = self._parts.loop.stats(0)
         if stats.dead is not None:
             raise RuntimeError(f"the engine loop is dead: {stats.dead}")
         if stats.step_running_s > step_timeout_s:
+            self.hand_over()
             raise RuntimeError(f"an engine step has been running for {stats.step_running_s:.0f} s")
 
+    def hand_over(self) -> None:
+        """End every turn that is not being committed; its claim and tokens stay in the store, and its
+        readers are told that another replica can go on with it."""
+        for task in self._turns.values():
+            task.stop(HANDED_OVER)
+
     async def close(self, drain_s: float = 0.0) -> None:
-        """Refuse new turns, let running ones end for `drain_s`, stop the loop, wait for clean-up."""
+        """Refuse new turns, let running ones end for `drain_s`, hand over the rest, stop the loop."""
         self._closing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
-                while self._claims:
-                    await next(iter(self._claims.values())).over.wait()
-        await asyncio.to_thread(self._parts.loop.stop, drain=False, timeout_s=30.0)
-        for claim in [claim for claim in self._claims.values() if not claim.ending]:
-            await self._undo(claim)
-        while self._chores:
-            await asyncio.gather(*self._chores, return_exceptions=True)
+                while self._running:
+                    await asyncio.wait(self._running)
+        self.hand_over()
+        if self._running:
+            await asyncio.wait(self._running)
+        await asyncio.to_thread(self._parts.loop.stop, drain=False, timeout_s=_STOP_TIMEOUT_S)
+        await self._host.gate.close()
+        await self._host.watch.close()
 
-    # The steps of a turn.
-
-    def _check(self, call: TurnCall) -> None:
-        """Raises ServiceError for what would harm the engine or breaks a limit."""
-        ids, limits = call.input_ids, self.tunables.limits
-        given: object = ids
-        if self._closing:
-            raise _refused("replica_lost", "The replica is stopping; send the turn again.")
-        if not isinstance(given, np.ndarray) or ids.dtype != np.int32 or ids.ndim != 1:
-            raise _refused("invalid_type", "input_ids must be int32 of one dimension.", "input_ids")
-        if not len(ids) or ids.min() < 0 or ids.max() >= self._parts.spec.model.vocab_size:
-            raise _refused("invalid_value", "input_ids must be ids of the vocabulary.", "input_ids")
-        if len(ids) > limits.max_input_tokens:
-            message = f"The input takes {len(ids)} tokens, at most {limits.max_input_tokens} may."
-            raise _refused("input_too_long", message, "messages")
-        if not 1 <= call.max_tokens <= limits.max_output_tokens:
-            message = f"max_tokens must be 1 to {limits.max_output_tokens}."
-            raise _refused("invalid_value", message, "max_tokens")
-
-    def _timeout_s(self, call: TurnCall) -> float:
-        return min(call.timeout_s, self.tunables.limits.turn_timeout_s)
-
-    async def _begin(self, call: TurnCall) -> TurnClaim:
-        """Claim the turn. Raises ServiceError. Who is cancelled here leaves no claim behind."""
-        task = self._chore(self._claim(call))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._abandon)
-            raise
-
-    def _abandon(self, task: asyncio.Task[TurnClaim]) -> None:
-        if not task.cancelled() and task.exception() is None:
-            self._chore(self._undo(task.result()))
-
-    async def _claim(self, call: TurnCall) -> TurnClaim:
-        turn = BeginTurn(
-            conversation_id=call.conversation_id,
-            tenant=call.tenant,
-            replica=self._parts.replica,
-            input_ids=call.input_ids,
-            fingerprint=self._parts.fingerprint,
-            lease_s=self.tunables.lease_s,
-            expect_turn=call.expect_turn,
-            expect_head=call.expect_head,
-        )
-        async with store_errors(call.conversation_id):
-            ownership = await self._parts.store.begin(turn)
-        claim = TurnClaim(call, ownership, self._parts.replica, self._parts.spec.slot_tokens)
-        while (previous := self._claims.get(call.conversation_id)) is not None:
-            if not await self._handed_over(previous):
-                await self._give_back(claim)
-                raise _refused("conversation_busy", "Another turn of the conversation is ending.")
-        self._claims[call.conversation_id] = claim
-        claim.keep_alive(self._parts.store, lambda: self.tunables.lease_s)
-        return claim
-
-    async def _handed_over(self, previous: TurnClaim) -> bool:
-        """The store says that this replica's previous turn is over: clear it away."""
-        previous.mailbox.put(ClaimLost(Fenced(previous.call.conversation_id)))
-        if not previous.ending:
-            # Not left to who reads its items: perhaps nobody does.
-            await self._undo(previous)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HANDOVER_S):
-                await previous.over.wait()
-        return previous.over.is_set()
-
-    def _submit(self, claim: TurnClaim) -> None:
-        _check_goes_on(claim)
-        codec = self._parts.codec
-        request = claim.request(codec.eos_ids, codec.stop_check(claim.call.stop))
-        try:
-            self._parts.loop.submit(request, claim.mailbox.put)
-        except Overloaded as error:
-            raise _refused("overloaded", f"The replica is busy: {error}.") from error
-        except TurnRunning as error:
-            raise _refused("conversation_busy", "Another turn is still ending.") from error
-        except LoopStopped as error:
-            raise _refused("replica_lost", f"The replica is stopping: {error}.") from error
-
-    async def _commit(self, claim: TurnClaim, progress: TurnProgress) -> TurnDone:
-        """End the turn for good, or undo it and raise ServiceError."""
-        _check_goes_on(claim)
-        claim.ending = True
-        try:
-            outcome = progress.outcome()
-            start_s = time.perf_counter()
-            async with store_errors(claim.call.conversation_id):
-                committed = await self._send_commit(outcome.commit)
-            commit_s = time.perf_counter() - start_s
-            self._parts.loop.settle(
-                claim.call.conversation_id, committed.head, outcome.cached_tokens
-            )
-        except BaseException:
-            self._counts["refused_turns"] += 1
-            await self._undo(claim)
-            raise
-        await claim.release()
-        self._finish(claim)
-        self._counts["committed_turns"] += 1
-        return outcome.done(committed, commit_s)
-
-    async def _send_commit(self, commit: TurnCommit) -> Conversation:
-        """Send it again while the store is away, for as long as a lease: the client has read the
-        reply, and the fence makes repeating safe. Raises StoreError."""
-        until_s = time.monotonic() + self.tunables.lease_s
-        pause_s = _COMMIT_PAUSE_S
-        while True:
-            try:
-                return await self._parts.store.commit(commit)
-            except StoreUnavailable as error:
-                if time.monotonic() + pause_s > until_s:
-                    raise
-                log.warning("commit of %s is sent again: %s", commit.conversation_id, error)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _MAX_COMMIT_PAUSE_S)
-
-    async def _undo(self, claim: TurnClaim) -> None:
-        """As if the turn had never begun. The slot first: see the top of this file."""
-        claim.ending = True
-        try:
-            self._parts.loop.discard(claim.call.conversation_id)
-            await self._give_back(claim)
-        finally:
-            self._finish(claim)
-
-    async def _give_back(self, claim: TurnClaim) -> None:
-        call = claim.call
-        await claim.release()
-        try:
-            await self._parts.store.abort(call.tenant, call.conversation_id, claim.ownership.fence)
-        except (Fenced, NotFound):
-            pass
-        except StoreError as error:
-            log.warning("claim of %s left to its lease: %s", call.conversation_id, error)
-
-    def _finish(self, claim: TurnClaim) -> None:
-        if self._claims.get(claim.call.conversation_id) is claim:
-            del self._claims[claim.call.conversation_id]
-        claim.over.set()
-
-    async def _sheltered(self, step: Coroutine[Any, Any, T]) -> T:
-        """Run `step` to its end even if the caller is cancelled meanwhile."""
-        return await asyncio.shield(self._chore(step))
-
-    def _chore(self, step: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(step)
-        self._chores.add(task)
-        task.add_done_callback(self._forget)
+    async def _task_of(self, call: TurnCall) -> TurnTask:
+        """The turn that the call is about, which may run already."""
+        name = (call.tenant, call.conversation_id, call.key or new_nonce())
+        while (task := self._turns.get(name)) is not None:
+            if not task.is_ending:
+                self._host.figures.joined_turns += 1
+                return task
+            await task.over.wait()
+        task = self._turns[name] = TurnTask(self._host, call)
+        running = asyncio.create_task(self._run(name, task))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
         return task
 
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._chores.discard(task)
-        # Its caller may be gone: look at the error, lest asyncio reports it as unseen.
-        if not task.cancelled():
-            task.exception()
+    async def _run(self, name: tuple[str, str, str], task: TurnTask) -> None:
+        try:
+            await task.run()
+        finally:
+            del self._turns[name]
 
+    def _problem(self, call: TurnCall) -> ErrorInfo | None:
+        """What would harm the engine or breaks a limit."""
+        ids, limits = call.input_ids, self.tunables.limits
+        given: object = ids
+        if self._closing or self._parts.loop.stats(0).dead is not None:
+            return ErrorInfo("replica_lost", "The replica is stopping; send the turn again.")
+        if not isinstance(given, np.ndarray) or ids.dtype != np.int32 or ids.ndim != 1:
+            return ErrorInfo(
+                "invalid_type", "input_ids must be int32 of one dimension.", "input_ids"
+            )
+        if not self._are_ids(ids) or not self._are_ids(np.array(call.shown_ids, np.int64), 0):
+            return ErrorInfo("invalid_value", "input_ids must be of the vocabulary.", "input_ids")
+        if len(ids) > limits.max_input_tokens:
+            message = f"The input takes {len(ids)} tokens, at most {limits.max_input_tokens} may."
+            return ErrorInfo("input_too_long", message, "messages")
+        if not 1 <= call.max_tokens <= limits.max_output_tokens:
+            message = f"max_tokens must be 1 to {limits.max_output_tokens}."
+            return ErrorInfo("invalid_value", message, "max_tokens")
+        return None
 
-def _check_goes_on(claim: TurnClaim) -> None:
-    """Raises ServiceError for a claim that this replica is clearing away, unknown to who reads it."""
-    if claim.ending:
-        raise _refused("replica_lost", "The replica has ended the turn; send it again.")
-
-
-def _refused(code: str, message: str, param: str | None = None) -> ServiceError:
-    return ServiceError(ErrorInfo(code, message, param))
+    def _are_ids(self, ids: np.typing.NDArray[np.integer[Any]], at_least: int = 1) -> bool:
+        if not len(ids):
+            return not at_least
+        return bool(ids.min() >= 0 and ids.max() < self._parts.spec.model.vocab_size)

@@ -6,7 +6,8 @@
 
 A turn waits, first come first served, for room in the step and for a kv_slot. Its events are handed to
 its callback on the loop's thread, in order and outside the lock, so a callback may call the loop.
-A callback that raises loses its turn, nothing else does.
+A callback that raises loses its turn, nothing else does. After all events of a step one more callback
+(`notify`) tells that they have come, so that their owner wakes up once a step.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class EngineLoop:
         # Re-entrant: `TurnRequest.prefill` and `StopCheck` run under it and may ask for stats.
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
+        self._after_events: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
@@ -92,8 +94,8 @@ class EngineLoop:
     def submit(self, request: TurnRequest, on_event: OnEvent) -> TurnHandle:
         """Queue a turn. Its events go to `on_event`; the last one is TurnEnded or TurnError.
 
-        Raises Overloaded, TurnRunning, LoopStopped; ValueError unless `max_tokens` is positive and
-        the window fits the engine.
+        Raises Overloaded, TurnRunning, LoopStopped; ValueError unless `max_tokens` leaves a token to
+        sample and the window fits the engine.
         """
         check_request(request, self._engine.spec)
         with self._lock:
@@ -109,6 +111,10 @@ class EngineLoop:
             self._waiting.append(turn)
             self._wake.notify_all()
         return TurnHandle(lambda: self._cancel(turn))
+
+    def notify(self, after_events: Callable[[], None]) -> None:
+        """Call this on the loop's thread whenever a batch of events has been handed out."""
+        self._after_events = after_events
 
     def cancel(self, conversation_id: str) -> None:
         """End the conversation's turn before the next step; no effect if it has none running."""
@@ -244,6 +250,11 @@ class EngineLoop:
                 logger.exception("the callback of %s raised", turn.request.conversation_id)
                 with self._lock:
                     self._forget(turn)
+        if events:
+            try:
+                self._after_events()
+            except Exception:
+                logger.exception("the callback after events raised")
 
     def _die(self, reason: str) -> None:
         with self._lock:
@@ -316,12 +327,10 @@ class EngineLoop:
             self._fail(turn, f"the prefill cannot be planned: {error}")
             return
         start = prefill.segments[0].start
-        turn.segments = prefill.segments
+        turn.begin(prefill)
         turn.window_start = self._residency.begin(
             request.conversation_id, start, prefill.window_start, request.token_count
         )
-        turn.length = start
-        turn.history = request.retained
         self._scheduler.add(turn.number, counts)
         in_window = min(request.token_count, request.window.capacity)
         cached = min(lease.resident_length or 0, start, in_window)

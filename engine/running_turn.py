@@ -58,6 +58,14 @@ class RunningTurn:
             sample = SampleRequest(request.sampling, request.turn, self.num_sampled, history)
         return Row(self.kv_slot, start, tokens, request.window, self.window_start, sample)
 
+    def begin(self, prefill: Prefill) -> None:
+        """The turn has its slot: run `prefill`, then sample after what earlier engines have sampled."""
+        earlier = self.request.output_ids
+        self.segments = prefill.segments
+        self.length = prefill.segments[0].start
+        self.history = np.concatenate([self.request.retained, earlier])
+        self.num_sampled = len(earlier)
+
     def append(self, token: int) -> None:
         """Count output `token`, also for penalties: in a buffer that doubles as it fills."""
         self.num_sampled += 1
@@ -82,26 +90,30 @@ class RunningTurn:
 
 
 def check_request(request: TurnRequest, spec: EngineSpec) -> None:
-    """Raises ValueError unless `max_tokens` is positive and the window fits the engine's slots."""
+    """Raises ValueError unless there is a token left to sample and the window fits the engine's slots."""
     window = request.window
-    if request.max_tokens < 1:
-        raise ValueError("max_tokens must be at least 1")
+    if request.max_tokens <= len(request.output_ids):
+        raise ValueError("max_tokens must be at least 1 and more than there are output_ids")
     if window.slot_tokens > spec.slot_tokens or window.sink_tokens > spec.max_sink_tokens:
         raise ValueError(f"the engine's slots are too small for {window}")
 
 
 def checked_counts(prefill: Prefill, request: TurnRequest, vocab_size: int) -> list[int]:
-    """Token counts of the segments. Raises ValueError unless they rise, end with the input and are,
-    like the retained tokens, of the vocabulary: an engine that met another id would be dead."""
-    end = request.token_count + request.input_tokens
+    """Token counts of the segments. Raises ValueError unless they rise, end with input and `output_ids`
+    and are, like the retained tokens, of the vocabulary: an engine that met another id would be dead."""
+    end = request.token_count + request.input_tokens + len(request.output_ids)
     reached = 0
     for segment in prefill.segments:
         if segment.start < reached or not len(segment.tokens):
             raise ValueError(f"the segment at {segment.start} is empty or overlaps")
         reached = segment.start + len(segment.tokens)
     if reached != end:
-        raise ValueError(f"the segments end at {reached}, the input at {end}")
-    for ids in (request.retained, *(segment.tokens for segment in prefill.segments)):
+        raise ValueError(f"the segments end at {reached}, what there is to run at {end}")
+    for ids in (
+        request.retained,
+        request.output_ids,
+        *(segment.tokens for segment in prefill.segments),
+    ):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ValueError(f"a token id is not in 0..{vocab_size - 1}")
     return [len(segment.tokens) for segment in prefill.segments]

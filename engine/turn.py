@@ -54,8 +54,8 @@ class TurnRequest:
     A resident slot is valid when it was settled under the same `head` (the conversation's hash).
     `retained` is what penalties count before this turn's output: retained ids incl. this input, int32.
     `output_ids` were sampled for this turn before, by an engine that is gone, int32: the segments end
-    with them, penalties count them, `max_tokens` includes them, and the next token is number
-    `len(output_ids)`.
+    with them, penalties count them, `stop` has seen them, `max_tokens` includes them, and the next token
+    is number `len(output_ids)`.
     """
 
     conversation_id: str

@@ -391,15 +391,29 @@ class CheckpointContract:
         assert LIMITS.ttl_s < 300 * LEASE_S
         assert len((await own(env.store, turn)).output_ids) == 300
 
-    async def test_a_commit_may_not_contradict_what_was_shown(self, env: StoreEnv) -> None:
+    @pytest.mark.parametrize("closed", [(7,), (7, 9), (7, 9, 9), (7, 8, 2)])
+    async def test_a_reply_may_end_otherwise_than_it_was_sampled(
+        self, env: StoreEnv, closed: tuple[int, ...]
+    ) -> None:
+        """It is cut before a stop string and encoded anew, or gets the template's closing ids."""
         record = await env.store.create(new_conversation())
         turn = claim(record, key="k")
         ownership = await own(env.store, turn)
         await checkpoint(env.store, turn, ownership, 0, ids(7, 8))
-        for wrong in (ids(9), ids(7, 9), ids(7, 9, 9)):
-            with pytest.raises(Fenced):
-                await env.store.commit(commit_of(turn, ownership, output_ids=wrong))
-        assert (await env.store.commit(commit_of(turn, ownership))).turn == 1
+        commit = commit_of(turn, ownership, output_ids=ids(*closed))
+        assert (await env.store.commit(commit)).turn == 1
+        done = await env.store.begin(again(turn))
+        assert isinstance(done, CommittedTurn)
+        assert done.reply_ids.tolist() == list(closed)
+
+    async def test_the_record_tells_what_a_snapshot_of_it_needs(self, env: StoreEnv) -> None:
+        new = new_conversation(messages=(Message("system", "s"),))
+        record = await env.store.create(new)
+        assert (record.replay_windows, record.num_messages) == (new.replay_windows, 1)
+        for n in range(1, 30):
+            record = await run_turn(env.store, record)
+            assert record.num_messages == 1 + 2 * n
+            assert await env.store.get(ANN, new.conversation_id) == record
 
 
 class RecoveryContract:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import random
 import string
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster.conversation import BeginTurn, Conversation, Fence, TurnCommit
+from cluster.conversation import (
+    BeginTurn,
+    Checkpoint,
+    Conversation,
+    Fence,
+    Ownership,
+    TurnCommit,
+)
 from cluster.memory_store import MemoryStore
-from cluster.store import Conflict, Fenced, StoreError, StoreUnavailable
+from cluster.store import Conflict, StoreError, StoreUnavailable
 from deployments.config import Limits, Tunables
-from deployments.turn_call import TurnAccepted, TurnDone, TurnRefused, TurnTokens
+from deployments.turn_call import TurnAccepted, TurnDone, TurnItem, TurnRefused, TurnTokens
 from deployments.turn_runner import TurnRunner
 from engine.protocol import EngineDead, RowResult, StepPlan, StepResult
 from engine.toy_engine import ToyEngine
@@ -198,8 +205,28 @@ async def until_one(runner: TurnRunner, what: str) -> None:
     await until(check)
 
 
-async def unsettled(runner: TurnRunner) -> bool:
-    return runner._parts.loop.stats().unsettled == 1
+async def until_none(runner: TurnRunner, what: str) -> None:
+    async def check() -> bool:
+        return runner.routing_stats()[what] == 0
+
+    await until(check)
+
+
+async def until_free(runner: TurnRunner) -> None:
+    """No slot is held by a turn any more."""
+
+    async def check() -> bool:
+        stats = runner._parts.loop.stats()
+        return stats.free_slots + stats.clean_slots == stats.num_slots
+
+    await until(check)
+
+
+def resumable(items: Sequence[TurnItem]) -> tuple[str, bool]:
+    """Code of the refusal at the end, and whether another replica can go on."""
+    last = items[-1]
+    assert isinstance(last, TurnRefused), last
+    return last.error.code, last.resumable
 
 
 async def read_until_tokens(runner: TurnRunner, talk: Talk, text: str) -> Any:
@@ -352,73 +379,129 @@ def test_calls_that_would_harm_the_engine_are_refused(fields: dict[str, Any], co
     run(scenario)
 
 
-class TimeIsRenewals(MemoryStore):
-    """Its clock moves by most of a lease with every renewal, and only then."""
+class TimeIsCheckpoints(MemoryStore):
+    """Its clock moves by most of a lease with every checkpoint, and only then."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
-        self.renewals = 0
+        self.renewed: list[int] = []
         super().__init__(clock=lambda: self.now_s)
 
-    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
-        await super().renew(tenant, conversation_id, fence, lease_s)
-        self.now_s += 0.9 * lease_s
-        self.renewals += 1
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
+        answers = await super().checkpoint(batch)
+        self.now_s += 0.9 * batch[0].lease_s
+        self.renewed += [len(checkpoint.token_ids) for checkpoint in batch]
+        return answers
 
 
-def test_a_long_turn_keeps_its_lease() -> None:
+@pytest.mark.parametrize("durability", ["token", "turn"])
+def test_a_long_turn_keeps_its_lease(durability: Any) -> None:
     async def scenario() -> None:
-        store = TimeIsRenewals()
-        tunables = Tunables.model_construct(limits=Limits(), lease_s=0.15)
+        store = TimeIsCheckpoints()
+        tunables = Tunables.model_construct(limits=Limits(), lease_s=0.15, durability=durability)
         engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002)
         runner = make_runner(store, engine=engine, tunables=tunables)
         talk = await Talk(store).create()
         call = talk.call("long", max_tokens=4000, ignore_eos=True)
         running = asyncio.create_task(run_turn(runner, call))
         await started(talk)
-        steal = BeginTurn(
+        thief = BeginTurn(
             talk.conversation_id, TENANT, "thief", call.input_ids, SPEC.fingerprint, 1.0
         )
-        while store.renewals < 4:
+        while len(store.renewed) < 4:
             with pytest.raises(Conflict):
-                await store.begin(steal)
+                await store.begin(thief)
             await asyncio.sleep(0.01)
         running.cancel()
         await asyncio.wait([running])
+        await talk.idle()
         await talk.say(runner, "again", max_tokens=5)
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_turn_that_waits_for_the_engine_keeps_its_lease() -> None:
+    async def scenario() -> None:
+        store = TimeIsCheckpoints()
+        tunables = Tunables.model_construct(limits=Limits(), lease_s=0.15, durability="turn")
+        engine = ToyEngine(SPEC, max_resident=1, text=TEXT, step_delay_s=0.002)
+        runner = make_runner(store, engine=engine, tunables=tunables)
+        talk, other = await Talk(store).create(), await Talk(store).create()
+        stream = await read_until_tokens(runner, other, "holds the slot")
+        call = talk.call("waits", max_tokens=5)
+        waiting = asyncio.create_task(run_turn(runner, call))
+        await until_one(runner, "waiting")
+        while len(store.renewed) < 8:
+            assert (await store.get(TENANT, talk.conversation_id)).running
+            await asyncio.sleep(0.01)
+        await stream.aclose()
+        done = (await waiting)[-1]
+        assert isinstance(done, TurnDone), done
+        talk.accept(call, done)
         await runner.close()
 
     run(scenario)
 
 
 class StealingStore(MemoryStore):
-    """Another owner appears at the first renewal."""
+    """Another owner appears at checkpoint number `at`."""
 
-    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
-        raise Fenced(conversation_id)
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
+        self.at -= 1
+        if not self.at:
+            record = self._records[batch[0].conversation_id]
+            assert record.running is not None
+            key, input_ids = record.running.key, record.running.input_ids
+            thief = BeginTurn(
+                batch[0].conversation_id, TENANT, "thief", input_ids, SPEC.fingerprint, 10.0,
+                key=key, steal=True,
+            )  # fmt: skip
+            assert isinstance(await self.begin(thief), Ownership)
+        return await super().checkpoint(batch)
 
 
-def test_a_fenced_turn_shows_no_more_and_commits_nothing() -> None:
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_fenced_turn_shows_no_more_and_stops_within_a_step(at: int) -> None:
     async def scenario() -> None:
-        store = StealingStore()
-        tunables = Tunables.model_construct(limits=Limits(), lease_s=0.1)
-        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.005)
-        runner = make_runner(store, engine=engine, tunables=tunables)
+        store = StealingStore(at)
+        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.005))
         talk = await Talk(store).create()
-        assert await refusal(runner, talk.call("x", 400, ignore_eos=True)) == "replica_lost"
-        assert (await store.get(TENANT, talk.conversation_id)).turn == 0
-        runner.tunables = Tunables()
-        await talk.say(runner, "again", max_tokens=5)
+        items = await run_turn(runner, talk.call("x", 400, ignore_eos=True))
+        last = items[-1]
+        assert isinstance(last, TurnRefused)
+        # Whoever calls again finds the new owner; it must not steal from it.
+        assert (last.error.code, last.resumable) == ("replica_lost", False)
+        shown = [t for item in items if isinstance(item, TurnTokens) for t in item.token_ids]
+        record = store._records[talk.conversation_id]
+        assert record.running is not None
+        assert shown == record.running.output_ids.tolist()
+        assert record.running.replica == "thief"
+        stats = runner.stats().values
+        assert (stats["fenced_turns"], stats["committed_turns"]) == (1, 0)
+        steps = stats["engine_steps"]
+        await until_none(runner, "running")
+        assert runner.stats().values["engine_steps"] <= steps + 1
+        await until_free(runner)
         await runner.close()
 
     run(scenario)
+
+
+# Leases of these turns are renewed every few seconds only, not with every token.
+BY_TURN = Tunables(limits=Limits(max_input_tokens=500), durability="turn")
 
 
 def test_a_turn_whose_lease_ran_out_makes_way_on_its_own_replica() -> None:
     async def scenario() -> None:
         now_s = 1000.0
         store = MemoryStore(clock=lambda: now_s)
-        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002)
+        runner = make_runner(store, engine=engine, tunables=BY_TURN)
         talk = await Talk(store).create()
         await talk.say(runner, "one")
         old = asyncio.create_task(run_turn(runner, talk.call("x", 4000, ignore_eos=True)))
@@ -467,15 +550,21 @@ def test_a_turn_is_committed_once_although_the_store_was_away(failures: int, app
 IMPATIENT = Tunables.model_construct(limits=Limits(), lease_s=0.2)
 
 
-def test_a_store_that_stays_away_longer_than_the_lease_ends_the_turn_as_if_it_never_was() -> None:
+def test_a_turn_whose_commit_found_no_store_can_be_resumed() -> None:
     async def scenario() -> None:
         store = FlakyStore(failures=10**9)
         runner = make_runner(store, tunables=IMPATIENT)
         talk = await Talk(store).create()
-        assert await refusal(runner, talk.call("x")) == "store_unavailable"
+        call = talk.call("x", key="k")
+        last = (await run_turn(runner, call))[-1]
+        assert isinstance(last, TurnRefused)
+        assert (last.error.code, last.resumable) == ("store_unavailable", True)
         assert 10**9 - store.failures > 2
-        assert not (await store.get(TENANT, talk.conversation_id)).running
+        # Every token is stored: whoever asks again gets them, and the commit.
         store.failures = 0
+        done = (await run_turn(runner, replace(call, steal=True)))[-1]
+        assert isinstance(done, TurnDone)
+        talk.accept(call, done)
         for n in range(5):
             await talk.say(runner, f"{n}")
         await runner.close()
@@ -508,9 +597,9 @@ class StoreBehindACommit(MemoryStore):
         self.renewals = renewals
         self.asked = False
 
-    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
-        await super().renew(tenant, conversation_id, fence, lease_s)
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
         self.renewals -= self.asked
+        return await super().checkpoint(batch)
 
     async def commit(self, commit: TurnCommit) -> Conversation:
         self.asked = True
@@ -530,30 +619,35 @@ def test_the_lease_lives_on_while_a_commit_is_sent_again() -> None:
     run(scenario)
 
 
-class FailingRenewals(MemoryStore):
-    """Renewing fails in a way that nobody has foreseen."""
+class FailingStore(MemoryStore):
+    """Checkpoints fail in a way that nobody has foreseen."""
 
     attempts = 0
 
-    async def renew(self, tenant: str, conversation_id: str, fence: Fence, lease_s: float) -> None:
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
         self.attempts += 1
-        raise StoreError("the conversation store failed: ERR")
+        raise (ValueError("surprise") if self.attempts % 2 else StoreError("the store failed: ERR"))
 
 
-@pytest.mark.parametrize("max_tokens", [60, 4000])
-def test_a_renewal_that_fails_wedges_nothing(max_tokens: int) -> None:
+@pytest.mark.parametrize("durability", ["token", "turn"])
+def test_a_checkpoint_that_fails_wedges_nothing(durability: Any) -> None:
     async def scenario() -> None:
-        store = FailingRenewals()
+        store = FailingStore()
         engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.005)
-        runner = make_runner(store, engine=engine, tunables=IMPATIENT)
+        tunables = Tunables.model_construct(
+            limits=Limits(), lease_s=0.1, durability=durability, store_hold_s=0.1
+        )
+        runner = make_runner(store, engine=engine, tunables=tunables)
         talk = await Talk(store).create()
-        call = talk.call("x", max_tokens, ignore_eos=True, timeout_s=0.5)
-        done = (await run_turn(runner, call))[-1]
-        if isinstance(done, TurnDone):
-            talk.accept(call, done)
+        call = talk.call("x", 60, ignore_eos=True, key="k")
+        last = (await run_turn(runner, call))[-1]
+        assert store.attempts > 0
+        if durability == "turn":
+            # Nothing but the lease hangs on it.
+            assert isinstance(last, TurnDone)
         else:
-            assert store.attempts > 1
-        await talk.say(runner, "again", max_tokens=5)
+            assert isinstance(last, TurnRefused)
+            assert last.error.code == "store_unavailable"
         await runner.close()
 
     run(scenario)
@@ -563,7 +657,8 @@ def test_a_stream_that_nobody_reads_makes_way_once_its_lease_is_over() -> None:
     async def scenario() -> None:
         now_s = 1000.0
         store = MemoryStore(clock=lambda: now_s)
-        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002)
+        runner = make_runner(store, engine=engine, tunables=BY_TURN)
         talk = await Talk(store).create()
         await talk.say(runner, "one")
         unread = await read_until_tokens(runner, talk, "x")
@@ -576,23 +671,20 @@ def test_a_stream_that_nobody_reads_makes_way_once_its_lease_is_over() -> None:
     run(scenario)
 
 
-def test_an_unread_turn_that_has_made_way_cannot_end_its_successor() -> None:
+def test_a_reader_that_stalls_holds_up_neither_its_turn_nor_others() -> None:
     async def scenario() -> None:
-        now_s = 1000.0
-        store = MemoryStore(clock=lambda: now_s)
-        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
-        talk = await Talk(store).create()
-        unread = runner.turn(talk.call("x", max_tokens=3, ignore_eos=True))
+        store = MemoryStore()
+        runner = make_runner(store)
+        talk, other = await Talk(store).create(), await Talk(store).create()
+        call = talk.call("x", max_tokens=30, ignore_eos=True)
+        unread = runner.turn(call)
         assert isinstance(await anext(unread), TurnAccepted)
-        await until(lambda: unsettled(runner))
-        assert isinstance(await anext(unread), TurnTokens)
-        now_s += 100.0
-        call = talk.call("y", max_tokens=60, ignore_eos=True)
-        successor = asyncio.create_task(run_turn(runner, call))
-        await until_one(runner, "running")
-        assert "replica_lost" in str(await anext(unread))
-        done = (await successor)[-1]
-        assert isinstance(done, TurnDone), done
+        await other.say(runner, "y")
+        await talk.idle()
+        *tokens, done = [item async for item in unread]
+        assert isinstance(done, TurnDone)
+        seen = [t for item in tokens if isinstance(item, TurnTokens) for t in item.token_ids]
+        assert seen == talk.due(call)
         talk.accept(call, done)
         await runner.close()
 
@@ -604,7 +696,8 @@ def test_turns_that_take_over_from_one_another_on_one_replica_end_one_by_one() -
         now_s = 1000.0
         store = SlowAbort()
         store._clock = lambda: now_s
-        runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
+        engine = ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002)
+        runner = make_runner(store, engine=engine, tunables=BY_TURN)
         talk = await Talk(store).create()
         turns = []
         for n in range(3):
@@ -657,10 +750,16 @@ def test_a_dead_engine_is_unhealthy_and_its_conversations_live_on() -> None:
         talk = await Talk(store).create()
         await talk.say(runner, "one")
         engine.trouble = EngineDead("out of memory")
-        assert await refusal(runner, talk.call("x")) == "replica_lost"
-        assert await refusal(runner, talk.call("x")) == "replica_lost"
+        call = talk.call("x", key="k")
+        assert resumable(await run_turn(runner, call)) == ("replica_lost", True)
+        # It is not asked to run anything again, and the router is told.
+        assert resumable(await run_turn(runner, call)) == ("replica_lost", False)
+        assert runner.routing_stats()["draining"]
         with pytest.raises(RuntimeError, match="out of memory"):
             runner.check_health(60.0)
+        done = (await run_turn(heir, replace(call, steal=True)))[-1]
+        assert isinstance(done, TurnDone), done
+        talk.accept(call, done)
         await talk.say(heir, "two")
         await runner.close()
         await heir.close()
@@ -675,10 +774,11 @@ def test_a_step_that_hangs_is_unhealthy() -> None:
         talk = await Talk(store).create()
         running = asyncio.create_task(run_turn(runner, talk.call("x", max_tokens=1)))
         await asyncio.sleep(0.1)
+        runner.check_health(60.0)
         with pytest.raises(RuntimeError, match="step has been running"):
             runner.check_health(0.01)
-        runner.check_health(60.0)
-        await running
+        # Who waits for it is sent elsewhere, long before Serve has killed the replica.
+        assert resumable(await running) == ("replica_lost", True)
         await runner.close()
 
     run(scenario)
@@ -742,16 +842,26 @@ def test_closing_drains_running_turns_and_refuses_new_ones() -> None:
     run(scenario)
 
 
-def test_closing_without_time_gives_claims_back() -> None:
+def test_closing_without_time_hands_running_turns_over() -> None:
     async def scenario() -> None:
         store = MemoryStore()
         runner = make_runner(store, engine=ToyEngine(SPEC, 4, TEXT, step_delay_s=0.002))
         talk = await Talk(store).create()
-        running = asyncio.create_task(run_turn(runner, talk.call("x", 4000, ignore_eos=True)))
+        call = talk.call("x", 300, ignore_eos=True, key="k")
+        running = asyncio.create_task(run_turn(runner, call))
         await until_one(runner, "running")
+        await asyncio.sleep(0.05)
         await runner.close(drain_s=0.0)
-        assert "replica_lost" in str((await running)[-1])
-        assert not (await store.get(TENANT, talk.conversation_id)).running
+        items = await running
+        assert resumable(items) == ("replica_lost", True)
+        assert runner.stats().values["handed_over_turns"] == 1
+        shown = tuple(t for i in items if isinstance(i, TurnTokens) for t in i.token_ids)
+        assert 0 < len(shown) < 300
+        heir = make_runner(store, "r2")
+        done = (await run_turn(heir, replace(call, steal=True, shown_ids=shown)))[-1]
+        assert isinstance(done, TurnDone), done
+        talk.accept(call, done)
+        await heir.close()
 
     run(scenario)
 
@@ -763,7 +873,6 @@ def test_closing_does_not_wait_for_a_stream_that_nobody_reads() -> None:
         talk = await Talk(store).create()
         stream = await read_until_tokens(runner, talk, "x")
         await runner.close()
-        assert not (await store.get(TENANT, talk.conversation_id)).running
         assert isinstance([item async for item in stream][-1], TurnRefused)
 
     run(scenario)
