@@ -64,15 +64,15 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=110)
     formats = ["int8", "float32"] if options.weights == "both" else [options.weights]
-    reports = {weights: measured(weights, options, console) for weights in formats}
+    reports = [measured(weights, options, console) for weights in formats]
     result = {
         "model": "SmolLM2-135M-Instruct",
-        "results": [report.to_json() for report in reports.values()],
+        "results": [report.to_json() for report in reports],
     }
     console.print(f"written: {save('measure_replay', result)}")
-    draw([(weights, report.measurement) for weights, report in reports.items()], PLOT)
+    draw([report.curves for report in reports], PLOT)
     console.print(f"written: {PLOT}")
-    return 0 if all(report.recommendation.windows for report in reports.values()) else 1
+    return 0 if all(report.recommendation.windows for report in reports) else 1
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ class _Measuring:
             for number, (windows, cache) in enumerate(
                 zip(self._options.depths, self._rebuilt, strict=True)
             ):
-                self._report(f"rebuilding the cache from {windows} windows")
+                self._report(f"rebuilding the cache, depth {windows}")
                 cache.length = 0
                 began_s = time.perf_counter()
                 log = self._log(windows * self._window.window_tokens)

@@ -26,7 +26,7 @@ from deployments.conversation_records import MIN_SINK_TOKENS
 from deployments.engine_files import EngineFiles, locate_engine, start_engine
 from deployments.errors import ServiceError
 from deployments.local.progress import Steps
-from deployments.local.replay_plot import PlotError, draw
+from deployments.local.replay_plot import Curves, PlotError, depth_name, draw
 from deployments.replay_measurement import Dialogue, Measurement, MeasureOptions, measure
 from deployments.text import ChatCodec
 from engine.protocol import EngineDead, TurnFailed
@@ -81,6 +81,12 @@ class ReplayReport:
     def window_tokens(self) -> int:
         return self.files.spec.capacity - self.options.sink_tokens
 
+    @property
+    def curves(self) -> Curves:
+        measured = self.measurement
+        name = self.files.spec.weight_format
+        return Curves(name, measured.depths, measured.floor, self.options.reply_tokens)
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the tokens, as plain values. KL in nats a token, lengths in tokens."""
         spec, measured = self.files.spec, self.measurement
@@ -88,6 +94,7 @@ class ReplayReport:
             "architecture": spec.model.architecture,
             "num_layers": spec.model.num_layers,
             "weight_format": spec.weight_format,
+            "kv_dtype": spec.kv_dtype,
             "fingerprint": self.files.fingerprint,
             "capacity": spec.capacity,
             "sink_tokens": self.options.sink_tokens,
@@ -225,10 +232,14 @@ def quality_table(report: ReplayReport) -> Table:
         table.add_column(title, justify="right")
     measured, chosen = report.measurement, report.recommendation.windows
     for depth, cost in zip(measured.depths, measured.costs, strict=True):
-        name = "1 window" if depth.windows == 1 else f"{depth.windows} windows"
-        row = (name, *_figures(depth, report), f"{cost.tokens:,}", f"{cost.seconds:.2f} s")
+        row = (
+            depth_name(depth.windows),
+            *_figures(depth, report),
+            f"{cost.tokens:,}",
+            f"{cost.seconds:.2f} s",
+        )
         table.add_row(*row, style="bold" if depth.windows == chosen else "")
-    table.add_row("noise floor", *_figures(measured.floor, report), "all", "", style="dim")
+    table.add_row(depth_name(None), *_figures(measured.floor, report), "all", "", style="dim")
     return table
 
 
@@ -277,7 +288,7 @@ def write(report: ReplayReport, folder: Path, console: Console) -> None:
     console.print(f"written: {escape(str(path))}", soft_wrap=True)
     picture = path.with_suffix(".png")
     try:
-        draw([(report.files.spec.weight_format, report.measurement)], picture)
+        draw([report.curves], picture)
     except PlotError as error:
         console.print(f"no plot: {error}", style="dim")
     else:

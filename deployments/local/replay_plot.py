@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deployments.replay_measurement import Measurement
 from engine.replay_quality import ReplayQuality
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class PlotError(RuntimeError):
     """matplotlib is missing; the message says what to do."""
 
 
-def draw(measurements: Sequence[tuple[str, Measurement]], path: Path) -> None:
-    """A row of panels for each (name, measurement): KL against depth, how long greedy text stays the
-    same. Raises PlotError."""
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What one measurement has to show; greedy replies had at most `reply_tokens` tokens."""
+
+    name: str
+    depths: Sequence[ReplayQuality]
+    floor: ReplayQuality
+    reply_tokens: int
+
+
+def draw(measurements: Sequence[Curves], path: Path) -> None:
+    """A row of panels for each: KL against depth, how long greedy text stays the same.
+
+    Raises PlotError.
+    """
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -30,34 +46,9 @@ def draw(measurements: Sequence[tuple[str, Measurement]], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for (name, measured), (divergence, text) in zip(measurements, axes, strict=True):
-        windows = [depth.windows for depth in measured.depths]
-        for label, values, floor, marker in (
-            ("mean", [d.kl_mean for d in measured.depths], measured.floor.kl_mean, "o"),
-            ("p99", [d.kl_p99 for d in measured.depths], measured.floor.kl_p99, "s"),
-        ):
-            (line,) = divergence.plot(windows, values, f"{marker}-", label=label)
-            divergence.axhline(floor, color=line.get_color(), linestyle=":", linewidth=1)
-        divergence.plot([], [], "k:", linewidth=1, label="noise floor of each")
-        divergence.set_xscale("log", base=2)
-        divergence.set_yscale("log")
-        divergence.set_xticks(windows, [str(count) for count in windows])
-        divergence.set_title(f"{name}: KL(live || restored), nats a token", fontsize=10, loc="left")
-        divergence.set_xlabel("windows replayed")
-        divergence.legend(fontsize=8)
-        longest = max(
-            len(c.kl) for reply in measured.replies if reply.greedy for c in reply.comparisons
-        )
-        for quality in (*measured.depths, measured.floor):
-            label = "noise floor" if quality.windows is None else f"{quality.windows} windows"
-            style = "k:" if quality.windows is None else "-"
-            text.step(
-                range(longest + 1), _still_same(quality, longest), style, label=label, where="post"
-            )
-        text.set_ylim(0, 1.05)
-        text.set_title(f"{name}: greedy replies still the same", fontsize=10, loc="left")
-        text.set_xlabel("tokens of the reply")
-        text.legend(fontsize=8, loc="lower left")
+    for curves, (divergence, text) in zip(measurements, axes, strict=True):
+        _draw_divergence(divergence, curves)
+        _draw_greedy(text, curves)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -66,10 +57,43 @@ def draw(measurements: Sequence[tuple[str, Measurement]], path: Path) -> None:
     plt.close(figure)
 
 
-def _still_same(quality: ReplayQuality, longest: int) -> list[float]:
-    """Share of the greedy replies whose first n tokens are the same, for n = 0 .. longest."""
+def _draw_divergence(axis: Axes, curves: Curves) -> None:
+    windows = [depth.windows or 0 for depth in curves.depths]
+    for label, values, floor, marker in (
+        ("mean", [depth.kl_mean for depth in curves.depths], curves.floor.kl_mean, "o"),
+        ("p99", [depth.kl_p99 for depth in curves.depths], curves.floor.kl_p99, "s"),
+    ):
+        (line,) = axis.plot(windows, values, f"{marker}-", label=label)
+        axis.axhline(floor, color=line.get_color(), linestyle=":", linewidth=1)
+    axis.plot([], [], "k:", linewidth=1, label="noise floor of each")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(windows, [str(count) for count in windows])
+    axis.set_title(f"{curves.name}: KL(live || restored), nats a token", fontsize=10, loc="left")
+    axis.set_xlabel("windows replayed")
+    axis.legend(fontsize=8)
+
+
+def _draw_greedy(axis: Axes, curves: Curves) -> None:
+    lengths = range(curves.reply_tokens + 1)
+    for quality in (*curves.depths, curves.floor):
+        label = depth_name(quality.windows)
+        style = "k:" if quality.windows is None else "-"
+        axis.step(lengths, _still_same(quality, lengths), style, label=label, where="post")
+    axis.set_ylim(0, 1.05)
+    axis.set_title(f"{curves.name}: greedy replies still the same", fontsize=10, loc="left")
+    axis.set_xlabel("tokens of the reply")
+    axis.legend(fontsize=8, loc="lower left")
+
+
+def depth_name(windows: int | None) -> str:
+    """`1 window`, `2 windows`; None is the noise floor."""
+    if windows is None:
+        return "noise floor"
+    return "1 window" if windows == 1 else f"{windows} windows"
+
+
+def _still_same(quality: ReplayQuality, lengths: Sequence[int]) -> list[float]:
+    """Share of the greedy replies whose first n tokens are the same, for n of `lengths`."""
     replies = quality.diverged_after
-    return [
-        sum(same is None or same >= n for same in replies) / len(replies)
-        for n in range(longest + 1)
-    ]
+    return [sum(same is None or same >= n for same in replies) / len(replies) for n in lengths]
