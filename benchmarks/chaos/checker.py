@@ -87,6 +87,26 @@ def check_conversation(
     return found
 
 
+def check_transcript(turns: Sequence[TurnLog], stored: Stored) -> Violations:
+    """For an engine without an oracle: what was shown is what is stored, each turn once."""
+    found = Violations()
+    replies = [message.content for message in stored.messages if message.role == "assistant"]
+    for number, log in enumerate(turns, start=1):
+        where = f"turn {number} ({log.key})"
+        _check_text(log, replies[number - 1] if number <= len(replies) else "", where, found)
+        _check_ids(log, number, where, found)
+        if not log.is_done:
+            found.turns_lost += 1
+            found.notes.append(f"{where}: ended with {log.error or 'nothing'}")
+    if stored.record is None or stored.record.turn < len(turns):
+        found.conversations_lost += 1
+    elif stored.record.turn > len(turns):
+        found.turns_duplicated += stored.record.turn - len(turns)
+    elif stored.record.head != turns[-1].etag:
+        found.records_wrong += 1
+    return found
+
+
 def _check_text(log: TurnLog, due: str, where: str, found: Violations) -> None:
     shown = log.text
     same = next((n for n, (a, b) in enumerate(zip(shown, due, strict=False)) if a != b), -1)

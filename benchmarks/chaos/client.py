@@ -114,6 +114,7 @@ class ClientOptions:
     silence_s: float = 20.0
     resumes: bool = True
     sends_key: bool = True
+    model: str = "toy"
 
 
 class ChaosClient:
@@ -223,7 +224,7 @@ class ChaosClient:
 
     def _body(self, asked: Asked) -> Json:
         return {
-            "model": "toy",
+            "model": self.options.model,
             "conversation": self.conversation_id,
             "messages": [{"role": "user", "content": asked.text}],
             "stream": True,

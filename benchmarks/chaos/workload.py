@@ -9,8 +9,16 @@ from dataclasses import dataclass, field
 from benchmarks.chaos.client import ChaosClient, ClientOptions
 from benchmarks.chaos.oracle import Asked
 
-MAX_TOKENS = 200
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How many clients, how long their turns are at most, and the seed of all they choose."""
+
+    num_clients: int = 5
+    max_tokens: int = 200
+    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -28,12 +36,13 @@ class _Trap:
 class Workload:
     """Use `start`, then traps and faults, then `finish`."""
 
-    def __init__(self, options: ClientOptions, num_clients: int, seed: int) -> None:
-        self._rng = random.Random(seed)
+    def __init__(self, options: ClientOptions, scale: Scale) -> None:
+        self._rng = random.Random(scale.seed)
+        self._max_tokens = scale.max_tokens
         self._traps: list[_Trap] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
-        self.clients = [ChaosClient(options, self._noticed) for _ in range(num_clients)]
+        self.clients = [ChaosClient(options, self._noticed) for _ in range(scale.num_clients)]
 
     async def start(self) -> None:
         """Returns when every client has had a turn. Raises httpx.HTTPError."""
@@ -67,7 +76,7 @@ class Workload:
 
     def random_k(self) -> int:
         """Where to cut a reply: at least one character is still to come."""
-        return self._rng.randrange(MAX_TOKENS - 10)
+        return self._rng.randrange(self._max_tokens - 10)
 
     def live(self) -> list[ChaosClient]:
         """The clients with a running turn."""
@@ -81,7 +90,7 @@ class Workload:
         )
         stop = ("".join(rng.choices(_LETTERS, k=2)),) if rng.random() < 1 / 6 else ()
         temperature = 0.0 if rng.random() < 1 / 6 else 1.0
-        return Asked(text, MAX_TOKENS, rng.getrandbits(32), temperature, stop)
+        return Asked(text, self._max_tokens, rng.getrandbits(32), temperature, stop)
 
     async def _talk(self, client: ChaosClient) -> None:
         while not self._stopping:

@@ -1,0 +1,49 @@
+"""The same faults with a safeguard switched off: if the checker has nothing to say, it has no power."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.chaos import faults
+from benchmarks.chaos.app import Switch
+from benchmarks.chaos.stage import Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """`fault` with `off` in the service, or a client that is less careful."""
+
+    fault: Fault
+    off: tuple[Switch, ...] = ()
+    without: str = ""
+    client_sends_key: bool = True
+    keeps_gcs: bool = True
+
+
+def controls() -> dict[str, Control]:
+    """By the name of the fault. Where a fault is the same to a client as another, that one's counts."""
+    return {
+        "replica": Control(faults.ReplicaKills(1), ("failover",), "failover in the ingress"),
+        "split_brain": Control(faults.ReplicaStop(), ("fence",), "the fence in the old owner"),
+        "node": Control(faults.NodeKill(), ("failover",), "failover in the ingress"),
+        "controller": Control(faults.ControllerKill(), ("failover",), "failover in the ingress"),
+        "redeploy": Control(
+            faults.Redeploy(), ("drain", "failover"), "time to end turns, and failover"
+        ),
+        "poison": Control(faults.Poison(), ("quarantine",), "the limit on takeovers"),
+        "proxy": Control(
+            faults.FrontKill("proxy"), (), "the client's Idempotency-Key", client_sends_key=False
+        ),
+        "ingress": Control(
+            faults.FrontKill("ingress"), (), "the client's Idempotency-Key", client_sends_key=False
+        ),
+        "store_restart": Control(
+            faults.StoreRollback("store_restart", is_empty=True),
+            ("repair",),
+            "the append-only file and repair from the owners' memory",
+        ),
+        "store_rollback": Control(
+            faults.StoreRollback(), ("repair",), "repair from the owners' memory"
+        ),
+        "head": Control(faults.HeadKill(within_s=25.0), (), "GCS fault tolerance", keeps_gcs=False),
+    }
