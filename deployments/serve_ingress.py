@@ -30,6 +30,7 @@ from deployments.conversation_records import FrontConfig
 from deployments.engine_files import EngineFiles, locate_engine
 from deployments.errors import ErrorInfo, ServiceError
 from deployments.failover import ReplicaUnreachable, replica_lost_info
+from deployments.hung_replicas import WatchedReplicas
 from deployments.ingress import create_app
 from deployments.metrics import ServiceMetrics
 from deployments.openai_sampling import RequestLimits
@@ -134,7 +135,7 @@ class Ingress:
         self._config = load_config(config)
         self._files = await asyncio.to_thread(locate_engine, self._config)
         self._store = await RedisStore.connect(self._config.redis_url, store_limits(self._config))
-        self._replicas = RayReplicas(replicas)
+        self._replicas = WatchedReplicas(RayReplicas(replicas), self._store)
         keys_file = self._config.api_keys_file
         self._keys = ApiKeys.load(Path(keys_file)) if keys_file else ApiKeys()
         self._metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)
@@ -233,4 +234,5 @@ def front_config(config: ServiceConfig, files: EngineFiles) -> FrontConfig:
         max_input_tokens=limits.max_input_tokens,
         max_body_bytes=limits.max_body_bytes,
         turn_timeout_s=limits.turn_timeout_s,
+        on_model_change=config.on_model_change,
     )
