@@ -37,6 +37,7 @@ from cluster.conversation import (
     BeginTurn,
     Message,
     NewConversation,
+    Ownership,
     TurnCommit,
     chain_head,
     history_hash,
@@ -49,7 +50,8 @@ from deployments.local.client import ApiClient, Reply
 from deployments.local.home import Home
 from deployments.local.progress import Steps
 from deployments.local.service import LocalService
-from deployments.openai_schema import RequestLimits, parse_chat
+from deployments.openai_sampling import RequestLimits
+from deployments.openai_schema import parse_chat
 from deployments.strict_json import check_object, decode_json
 from engine.loop import EngineLoop
 from engine.protocol import TokenIds
@@ -209,6 +211,8 @@ class DirectStore:
         )
         with samples.timed("store: begin"):
             owned = await self._store.begin(begin)
+        if not isinstance(owned, Ownership):
+            raise RuntimeError(f"the benchmark's own conversation was claimed: {owned}")
         outputs = np.arange(OUTPUT_TOKENS, dtype=np.int32)
         now = owned.conversation
         commit = TurnCommit(

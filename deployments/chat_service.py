@@ -33,8 +33,6 @@ from deployments.turn_call import ReplicaStats
 from deployments.turn_identity import EventId, check_event_id
 from deployments.turn_opening import TurnOpener
 
-__all__ = ["ChatCodec", "ChatService", "FrontConfig", "ReplicaClient"]
-
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]

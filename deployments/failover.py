@@ -77,7 +77,8 @@ class ReplicaUnreachable(ServiceError):
 class FailoverPolicy:
     """How long a turn is tried. Counts start anew with every new token; times in seconds.
 
-    A turn that no replica has accepted yet is tried `first_tries` times.
+    A turn that no replica has accepted yet is tried `first_tries` times. After a replica has become
+    unreachable, whoever is asked next must come up with something new within `silence_s`.
     """
 
     first_tries: int = 3
@@ -85,6 +86,7 @@ class FailoverPolicy:
     give_up_s: float = 120.0
     first_pause_s: float = 0.05
     max_pause_s: float = 2.0
+    silence_s: float = 1.0
 
 
 class FailoverTurns:
@@ -109,7 +111,7 @@ class FailoverTurns:
         while True:
             try:
                 async with aclosing(self._engine.turn(attempts.call())) as items:
-                    async for item in items:
+                    async for item in _unless_silent(items, attempts):
                         if isinstance(item, TurnRefused):
                             loss: Loss = "given_up" if item.resumable else "refused"
                             raise _Broken(item.error, loss)
@@ -128,6 +130,21 @@ class FailoverTurns:
                 pause_s = attempts.pause_s(error.info, "dead" if lost else "refused")
             self._on_failover(attempts.last_code)
             await asyncio.sleep(pause_s)
+
+
+async def _unless_silent(
+    items: AsyncGenerator[TurnItem, None], attempts: _Attempts
+) -> AsyncGenerator[TurnItem, None]:
+    """Raises ReplicaUnreachable when nothing comes in time."""
+    while True:
+        try:
+            async with asyncio.timeout(attempts.patience_s):
+                item = await anext(items)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise ReplicaUnreachable from None
+        yield item
 
 
 class _Broken(Exception):
@@ -155,6 +172,12 @@ class _Attempts:
         self._unreachable = 0
         self.last_code = ""
 
+    @property
+    def patience_s(self) -> float | None:
+        """How long the next item may take."""
+        doubtful = self._unreachable > 0 and not self._steal
+        return self._policy.silence_s if doubtful else None
+
     def call(self) -> TurnCall:
         """The next one to make."""
         self._tries += 1
@@ -176,7 +199,9 @@ class _Attempts:
         self._turn = item.turn
         if isinstance(item, TurnDone):
             return item
-        self._replica, self._steal, self._unreachable = item.replica, False, 0
+        self._replica = item.replica
+        if self._steal:
+            self._steal, self._unreachable = False, 0
         return item if first else None
 
     def pause_s(self, info: ErrorInfo, loss: Loss) -> float:
@@ -224,6 +249,7 @@ class _Attempts:
             return None
         self._shown.extend(fresh)
         self._tries, self._progress_s = 1, self._clock()
+        self._unreachable = 0
         return TurnTokens(item.k + known, fresh, item.logprobs[known:])
 
 

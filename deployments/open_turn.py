@@ -124,7 +124,8 @@ class OpenTurn:
         self.metrics = metrics
         self._on_close = on_close
         self._token_ids: list[int] = []
-        self._logprobs: list[reply.Logprob] = []
+        # One for each token; None where it was not asked for, or was lost with a replica.
+        self._logprobs: list[reply.Logprob | None] = []
         self._shown_logprobs = 0
         self._logprob_bytes = 0
         self._shown_bytes = 0
@@ -219,7 +220,7 @@ class OpenTurn:
         if tokens.k == 0 and tokens.token_ids and self._items.is_first:
             self.metrics.first_token(time.monotonic() - self._items.called_s)
         self._token_ids.extend(tokens.token_ids)
-        self._logprobs.extend(tokens.logprobs)
+        self._logprobs.extend(tokens.logprobs or [None] * len(tokens.token_ids))
         return "".join([self._decoding.text.push(token) for token in tokens.token_ids])
 
     def _committed(self) -> TurnDone:
@@ -231,8 +232,8 @@ class OpenTurn:
         """Those of the tokens that are shown in full once `text` is."""
         self._shown_bytes += len(text.encode())
         end = self._shown_logprobs
-        while end < len(self._logprobs):
-            token_bytes = len(self._decoding.token_bytes(self._logprobs[end][0].token_id))
+        while end < len(self._token_ids):
+            token_bytes = len(self._decoding.token_bytes(self._token_ids[end]))
             if self._logprob_bytes + token_bytes > self._shown_bytes:
                 break
             self._logprob_bytes += token_bytes
@@ -247,7 +248,7 @@ class OpenTurn:
         return self._logprobs_until(min(num_same, len(self._logprobs)))
 
     def _logprobs_until(self, end: int) -> Json | None:
-        fresh = self._logprobs[self._shown_logprobs : end]
+        fresh = [one for one in self._logprobs[self._shown_logprobs : end] if one is not None]
         self._shown_logprobs = max(self._shown_logprobs, end)
         return reply.logprobs_block(fresh, self._decoding.token_bytes) if fresh else None
 

@@ -54,7 +54,7 @@ from engine.toy_engine import BYTE_VOCAB
 MODEL = "toy"
 FINGERPRINT = "f" * 64
 CAPACITY = 256
-HASTE = FailoverPolicy(first_pause_s=0.0001, max_pause_s=0.001)
+HASTE = FailoverPolicy(first_pause_s=0.0001, max_pause_s=0.001, silence_s=0.05)
 
 
 Death = Literal["dead", "unreachable", "vanished", "handed_over"]

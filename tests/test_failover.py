@@ -320,6 +320,26 @@ async def test_an_unreachable_owner_is_asked_once_more_before_its_turn_is_taken(
     assert told(early) == [(False, (), ""), (False, (), ""), (True, (), "owner")]
 
 
+async def test_a_turn_that_nobody_can_see_is_taken_over() -> None:
+    """Its owner went silent, and another replica waits for what it stores: not for long."""
+
+    class Waiting(Scripted):
+        async def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
+            async for item in super().turn(call):
+                yield item
+            if len(self.calls) == 2:
+                await asyncio.Event().wait()
+
+    silent = ReplicaUnreachable()
+    engine = Waiting(
+        [accepted(), tokens(0, 1), silent],
+        [accepted("r2")],
+        [accepted("r2"), tokens(1, 2), done(1, 2)],
+    )
+    await played(engine, dataclasses.replace(QUICK, silence_s=0.01))
+    assert [call.steal for call in engine.calls] == [False, False, True]
+
+
 @pytest.mark.parametrize("code", ["not_ready", "overloaded", "conversation_busy"])
 async def test_a_turn_that_has_begun_waits_for_a_replica(code: str) -> None:
     nobody = TurnRefused(ErrorInfo(code, "not now"))

@@ -13,12 +13,14 @@ import pytest
 from cluster.conversation import Message
 from cluster.memory_store import MemoryStore
 from cluster.store import StoreLimits
-from deployments.chat_service import ChatService, FrontConfig
+from deployments.chat_service import ChatService
+from deployments.conversation_records import FrontConfig
 from deployments.errors import ServiceError
-from deployments.openai_schema import RequestLimits
-from deployments.turn_call import ReplicaStats, TurnCall, TurnItem
+from deployments.openai_sampling import RequestLimits
+from deployments.turn_call import FollowCall, ReplicaStats, TurnCall, TurnItem
 from deployments.turn_runner import TurnRunner
 from engine.toy_engine import ToyEngine, ToyText
+from tests.fake_turns import HASTE
 from tests.toy_service import CODEC, SPEC, TENANT, make_runner
 
 Body = dict[str, Any]
@@ -41,6 +43,9 @@ class OneReplica:
     def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
         return self.runner.turn(call)
 
+    def follow(self, call: FollowCall) -> AsyncGenerator[TurnItem, None]:
+        return self.runner.follow(call)
+
     async def stats(self) -> tuple[ReplicaStats, ...]:
         return (self.runner.stats(),)
 
@@ -57,7 +62,8 @@ async def start(engine: ToyEngine) -> Whole:
     runner = make_runner(store, engine=engine)
     limits = RequestLimits(vocab_size=SPEC.model.vocab_size, default_max_tokens=30)
     config = FrontConfig(("toy",), SPEC.fingerprint, SPEC.capacity, limits, max_input_tokens=500)
-    return Whole(ChatService(config, store, CODEC, OneReplica(runner)), store, runner)
+    service = ChatService(config, store, CODEC, OneReplica(runner), None, HASTE)
+    return Whole(service, store, runner)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def parse_object(body: bytes, max_size: int) -> Tree:
     return check_object(decode_json(body, max_size), max_size)
 
 
-def parse(headers: TurnHeaders = NO_HEADERS, **fields: Any) -> ChatRequest:
+def parse(headers: TurnHeaders = NO_HEADERS, /, **fields: Any) -> ChatRequest:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
     return parse_chat(parse_object(json.dumps(body).encode(), MAX_SIZE), LIMITS, headers)
 
@@ -106,6 +106,9 @@ def test_sampling_fields_arrive() -> None:
         "repetition_penalty": 1.2,
         "presence_penalty": -1,
         "frequency_penalty": 0.5,
+        "dry_multiplier": 0.8,
+        "dry_base": 1.5,
+        "dry_allowed_length": 3,
         "seed": 3,
         "logprobs": True,
         "top_logprobs": 5,
@@ -224,7 +227,7 @@ def test_keys_come_in_the_body_or_in_a_header() -> None:
 
 
 def test_a_stream_with_a_key_can_be_rejoined() -> None:
-    mine = {"stream": True, "idempotency_key": "k"}
+    mine: dict[str, Any] = {"stream": True, "idempotency_key": "k"}
     assert parse(**mine, last_event_id="3.120").last_event == EventId(3, 120)
     assert parse(TurnHeaders(last_event_id="3.0"), **mine).last_event == EventId(3, 0)
     assert str(EventId(3, 120)) == "3.120"
@@ -236,7 +239,7 @@ def test_a_stream_with_a_key_can_be_rejoined() -> None:
 
 def test_the_hash_is_of_what_is_asked_for() -> None:
     plain = parse().body_hash
-    delivery = {
+    delivery: dict[str, Any] = {
         "stream": True,
         "stream_options": {"include_usage": True},
         "idempotency_key": "k",
@@ -246,7 +249,14 @@ def test_the_hash_is_of_what_is_asked_for() -> None:
         "expect_turn": 3,
     }
     assert parse(**delivery).body_hash == plain
-    asked = [{"seed": 1}, {"max_tokens": 2}, {"stop": "x"}, {"model": "n"}, {"metadata": {"a": ""}}]
+    asked: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"max_tokens": 2},
+        {"stop": "x"},
+        {"model": "n"},
+        {"metadata": {"a": ""}},
+    ]
+    asked += [{"metadata": {"a": ""}}]
     asked += [{"messages": [{"role": "user", "content": "Ho"}]}, {"temperature": 0}]
     assert len({plain, *[parse(**fields).body_hash for fields in asked]}) == 1 + len(asked)
     # ... and of the conversation that it names, however it names it.
