@@ -586,13 +586,7 @@ local function repair(keys, args)
     given_keys[args[next_arg]] = true
     next_arg = next_arg + 8
   end
-  if record.tenant then
-    for _, result in ipairs(results_of(keys[1])) do
-      if not given_keys[result[KEY]] then
-        results[#results + 1] = result
-      end
-    end
-  end
+  local known_results = record.tenant and results_of(keys[1]) or {}
   local start, bytes = cut_transcript(keys, record, tonumber(given.first_message))
   redis.call('HDEL', keys[1], 'identity', unpack(RUNNING))
   redis.call('HDEL', keys[1], unpack(ENDED))
@@ -606,11 +600,22 @@ local function repair(keys, args)
       'run_nonce', given.run_nonce, 'run_key', given.run_key, 'run_hash', given.run_hash,
       'run_input', given.run_input, 'run_attempts', 0, split(given.run_output)
     )
-    extend_lease(keys, now, tonumber(given.lease), ttl)
+  end
+  -- A store that went back may have gone on to another end: its results must fit this one.
+  for _, result in ipairs(known_results) do
+    local fits = result[HEAD] == given.head
+    if result[TURN] < tonumber(given.turn) then
+      fits = retained(given, result[START], result[BYTES]) == result[REPLY]
+    end
+    if fits and not given_keys[result[KEY]] then
+      results[#results + 1] = result
+    end
   end
   keep_results(keys[1], results, tonumber(given.max_result_bytes))
   append(keys, args, next_arg, tonumber(given.max_messages), tonumber(given.max_bytes))
-  if not running then
+  if running then
+    extend_lease(keys, now, tonumber(given.lease), ttl)
+  else
     expire(keys, now + ttl)
   end
   return { 'OK', record.history or '' }

@@ -101,6 +101,15 @@ class ReplayLog:
         """Whether all tokens from `token_index` on are in the log; none is below 0."""
         return token_index >= (0 if self.is_whole else self.recent_start)
 
+    def ids_at(self, start: int, length: int) -> TokenIds | None:
+        """The tokens `start`, `start` + 1, ..., int32, if all of them are in the log."""
+        if not self.holds(start) or start + length > self.token_count:
+            return None
+        ids, first = self.recent_ids, self.recent_start
+        if self.is_whole:
+            ids, first = np.concatenate([self.sink_ids, self.recent_ids]), 0
+        return ids[start - first : start - first + length]
+
 
 @dataclass(frozen=True, slots=True)
 class Fence:

@@ -153,6 +153,7 @@ def repaired(snapshot: Snapshot, known: Record | None, now_s: float, limits: Sto
     )
     keys = {result.key for result in snapshot.results}
     older = [result for result in known.results if result.key not in keys] if known else []
+    older = [result for result in older if _is_of(result, snapshot)]
     before: list[Message] = []
     start = snapshot.first_message
     if known and known.transcript_start <= start <= known.transcript_start + len(known.transcript):
@@ -180,3 +181,13 @@ def repaired(snapshot: Snapshot, known: Record | None, now_s: float, limits: Sto
     record.prune(limits)
     record.append(snapshot.messages, limits)
     return record
+
+
+def _is_of(result: RememberedTurn, snapshot: Snapshot) -> bool:
+    """Whether a result that the store remembers belongs to the conversation as its owner knows it: an
+    older store may have gone on to another end."""
+    if result.turn >= snapshot.conversation.turn:
+        return result.head == snapshot.conversation.head
+    ids = snapshot.replay.ids_at(result.reply_start, len(result.reply_ids))
+    empty = len(result.reply_ids) == 0
+    return empty or (ids is not None and np.array_equal(ids, result.reply_ids))

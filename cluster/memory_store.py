@@ -229,7 +229,10 @@ class MemoryStore:
 
     async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
         match, record = self._histories.get((tenant, history), (None, None))
-        return match if match and self._find(match.conversation_id) is record else None
+        if match is None or self._find(match.conversation_id) is not record:
+            return None
+        self._check_recovered()
+        return match
 
     async def ping(self) -> float:
         return 0.0

@@ -296,7 +296,8 @@ class ConversationStore(Protocol):
 
     async def match_history(self, tenant: str, history: str) -> HistoryMatch | None:
         """The conversation whose transcript was this after its last indexed turn, if it still exists.
-        It may have moved on since. When two had the same transcript, the later commit counts."""
+        It may have moved on since. When two had the same transcript, the later commit counts.
+        Raises Recovering."""
         ...
 
     async def ping(self) -> float:

@@ -83,7 +83,9 @@ class RedisEnv:
         cls, server: ValkeyServer, limits: StoreLimits, library: str | None = None
     ) -> Self:
         library = movable_clock(library or library_text())
-        functions = await FunctionClient.connect(server.url, RedisOptions(timeout_s=10.0), library)
+        functions = await FunctionClient.connect(
+            server.url, RedisOptions(timeout_s=10.0, recovery_s=limits.recovery_s), library
+        )
         return cls(RedisStore(functions, limits), server.client())
 
     async def advance(self, seconds: float) -> None:

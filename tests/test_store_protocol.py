@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -9,42 +10,52 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from cluster.conversation import BeginTurn, Fence, TurnCommit
-from cluster.memory_record import Record, RunningTurn
+from cluster.conversation import (
+    BeginTurn,
+    Checkpoint,
+    Fence,
+    Ownership,
+    RememberedTurn,
+    Snapshot,
+    TurnCommit,
+)
+from cluster.memory_record import NO_IDS, Record, RunningTurn
 from cluster.memory_store import MemoryStore
 from cluster.redis_functions import library_text
-from cluster.store import HistoryMatch, StoreLimits
+from cluster.store import Fenced, HistoryMatch, RolledBack, StoreLimits
 from tests.store_checker import Checker, Violation
 from tests.store_contract import StoreEnv
 from tests.store_envs import MemoryEnv, RedisEnv
 from tests.valkey_fixture import ValkeyServer
 
-LIMITS = StoreLimits(ttl_s=1e9)
+LIMITS = StoreLimits(ttl_s=1e9, recovery_s=25.0)
 STEPS = 400
 
 
 async def test_memory_store_keeps_the_protocol() -> None:
-    commits = takeovers = 0
-    for seed in range(40):
-        checker = Checker(MemoryEnv.make(LIMITS), seed)
+    count = Counter[str]()
+    for seed in range(80):
+        checker = Checker(MemoryEnv.make(LIMITS), seed, LIMITS)
         await checker.run(STEPS)
-        commits += checker.commits
-        takeovers += checker.takeovers
-    assert commits > 1000
-    assert takeovers > 100
+        count += checker.count
+    assert count["commits"] > 1000
+    assert count["takeovers"] > 100
+    assert count["roll-backs"] > 300
+    assert count["repairs"] > 150
 
 
 async def test_redis_store_keeps_the_protocol(valkey_server: ValkeyServer, redis_url: str) -> None:
-    commits = takeovers = 0
+    count = Counter[str]()
     env = await RedisEnv.make(valkey_server, LIMITS)
-    for seed in range(1000, 1008):
-        checker = Checker(env, seed)
+    for seed in range(1000, 1012):
+        checker = Checker(env, seed, LIMITS)
         await checker.run(STEPS)
-        commits += checker.commits
-        takeovers += checker.takeovers
+        count += checker.count
     await env.close()
-    assert commits > 150
-    assert takeovers > 15
+    assert count["commits"] > 100
+    assert count["takeovers"] > 10
+    assert count["roll-backs"] > 40
+    assert count["repairs"] > 20
 
 
 class NoFence(MemoryStore):
@@ -68,14 +79,101 @@ class NoExpectation(MemoryStore):
         pass
 
 
-class NoTombstone(MemoryStore):
-    """The epoch starts again when an id is deleted and created again."""
+class CounterEpoch(MemoryStore):
+    """A store that went back issues an epoch for the second time."""
 
     def _next_epoch(self, record: Record, now_s: float) -> int:
         return record.epoch + 1
 
+
+class NoTombstone(MemoryStore):
+    """What was deleted comes back."""
+
     def _tombstone(self, conversation_id: str) -> int:
         return -1
+
+
+class ForgetsKeys(MemoryStore):
+    """A request sent again makes another turn."""
+
+    def _remember(self, record: Record, result: RememberedTurn) -> None:
+        pass
+
+
+class AnyRequest(MemoryStore):
+    """Another request under the same key gets the first one's reply."""
+
+    def _check_request(self, turn: BeginTurn, request_hash: str) -> None:
+        pass
+
+
+class AnyModel(MemoryStore):
+    """A replica of another model goes on with these token ids."""
+
+    def _check_model(self, record: Record, turn: BeginTurn) -> None:
+        pass
+
+
+class TokensLostOnTheWay(MemoryStore):
+    """A takeover starts the reply again, after some of it was shown."""
+
+    def _take_over(self, record: Record, running: RunningTurn, turn: BeginTurn) -> Ownership:
+        return super()._take_over(record, replace(running, output_ids=NO_IDS), turn)
+
+
+class EndlessAttempts(MemoryStore):
+    """A request that kills its engine goes from one to the next."""
+
+    def _take_over(self, record: Record, running: RunningTurn, turn: BeginTurn) -> Ownership:
+        return super()._take_over(record, replace(running, attempts=-1), turn)
+
+
+class GapAccepted(MemoryStore):
+    """Tokens are stored after others that were lost."""
+
+    def _store_tokens(self, record: Record, running: RunningTurn, one: Checkpoint) -> None:
+        k = min(one.k, len(running.output_ids))
+        super()._store_tokens(record, running, replace(one, k=k))
+
+
+class TokensNotCompared(MemoryStore):
+    """An owner shows something else than what is stored."""
+
+    def _store_tokens(self, record: Record, running: RunningTurn, one: Checkpoint) -> None:
+        running.output_ids = running.output_ids[: one.k]
+        super()._store_tokens(record, running, one)
+
+
+class NoRecovery(MemoryStore):
+    """After a roll-back anybody may begin before the owner has repaired."""
+
+    def _check_recovered(self) -> None:
+        pass
+
+
+class RolledBackIsFenced(MemoryStore):
+    """An owner gives up instead of repairing."""
+
+    def _fenced(self, record: Record, fence: Fence) -> RunningTurn:
+        try:
+            return super()._fenced(record, fence)
+        except RolledBack as error:
+            raise Fenced from error
+
+
+class RepairNever(MemoryStore):
+    """What was lost stays lost."""
+
+    async def repair(self, snapshot: Snapshot) -> None:
+        pass
+
+
+class RepairAlways(MemoryStore):
+    """A late repair undoes what came after it."""
+
+    async def repair(self, snapshot: Snapshot) -> None:
+        self._records.pop(snapshot.conversation.conversation_id, None)
+        await super().repair(snapshot)
 
 
 class SameEpochForAll(MemoryStore):
@@ -165,7 +263,7 @@ async def seeds_until_caught(make: Callable[[], StoreEnv], limit: int) -> int:
     """The number of seeds that the store survives, at most `limit`."""
     for seed in range(limit):
         try:
-            await Checker(make(), seed).run(STEPS)
+            await Checker(make(), seed, LIMITS).run(STEPS)
         except Violation:
             return seed
     return limit
@@ -174,6 +272,8 @@ async def seeds_until_caught(make: Callable[[], StoreEnv], limit: int) -> int:
 MUTANTS = [
     *(NoFence, FenceWithoutEpoch, NoExpectation, NoTombstone, SameEpochForAll),
     *(InputNotReplayed, SinksForgotten, RecentGrows, LeaseNeverEnds, NoLease),
+    *(CounterEpoch, ForgetsKeys, AnyRequest, AnyModel, TokensLostOnTheWay, EndlessAttempts),
+    *(GapAccepted, TokensNotCompared, NoRecovery, RolledBackIsFenced, RepairNever, RepairAlways),
     *(ForgetsHowTurnsEnded, AbortCommits, OpenTenants, IndexNotTiedToLife),
 ]
 
@@ -186,6 +286,26 @@ async def test_every_fault_in_the_protocol_is_caught(mutant: type[MemoryStore]) 
 LUA_MUTANTS = {
     "no fence": ("if fields.run_nonce == nonce and fields.epoch == epoch", "if fields.run_nonce"),
     "no epoch in the fence": (" and fields.epoch == epoch then", " then"),
+    "plain counter epoch": ("math.max(tonumber(fields.epoch) + 1, now)", "fields.epoch + 1"),
+    "recovery ignored": ("if woken <= now and now < recovered then", "if false then"),
+    "theft refused": ("elseif live and args[7] ~= '1' then", "elseif live then"),
+    "any request of a known key": ("if result[HASH] ~= hash then", "if false then"),
+    "any request of a running key": ("if fields.run_hash ~= args[6] then", "if false then"),
+    "results forgotten": ("table.insert(results, 1, result)", ""),
+    "never given up": ("if attempts >= tonumber(args[12]) then", "if false then"),
+    "a token is no progress": ("tail .. ids, 'run_attempts', 0)", "tail .. ids)"),
+    "takeover loses tokens": ("'run_resumed', 1\n", "'run_resumed', 1, 'run_tail', ''\n"),
+    "gap accepted": ("if first > folded + #tail then", "if false then"),
+    "tokens not compared": ("if again ~= ids:sub(1, #again) then", "if false then"),
+    "tokens stored twice": ("ids = ids:sub(#again + 1)", ""),
+    "no tombstone": ("redis.call('HSET', keys[1], 'gone', fields.epoch)", ""),
+    "a roll-back looks like a fence": ("return 'unknown'", "return nil"),
+    "any repair": ("if order >= 0 then", "if false then"),
+    "repair despite a later epoch": ("tonumber(record.epoch) - tonumber(given.epoch)", "-1"),
+    "repair despite a later turn": ("tonumber(record.turn) - tonumber(given.turn)", "-1"),
+    "repair of an ended turn": ("#output_of(record) or math.huge", "#output_of(record) or -1"),
+    "rebase keeps the owner": ("'token_count', 0, 'owner', '',", "'token_count', 0,"),
+    "rebase keeps token ids": ("'sinks', '', 'recent', '', 'token_count', 0,", "'token_count', 0,"),
     "no expected turn": ("args[10] ~= '' and args[10] ~= fields.turn", "false"),
     "no expected hash": ("(args[11] ~= '' and args[11] ~= fields.head)", "false"),
     "input not replayed": ("fields.run_input .. args[5]", "args[5]"),
