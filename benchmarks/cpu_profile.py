@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.peers.sinkserve_worker import Subject
 
-PARTS = {"MatMulNBits": "linear layers", "SinkAttention": "attention and cache writes"}
+PARTS = {"BlockLinear": "linear layers", "SinkAttention": "attention and cache writes"}
 OTHER = "norms, activations, embedding"
 
 

@@ -1,9 +1,9 @@
 """The decoder on ONNX Runtime's CPU provider.
 
-Linear layers: block-wise 8-bit `MatMulNBits` (activations quantised per block too), or float32.
-
-Attention and SwiGLU are operators of our own (engine/kernels). Attention takes all rows of a step at once and
-writes new keys and values into the kv_slots' memory where it lies; no node copies a cache.
+Linear layers: block-wise 8-bit weights (activations rounded to 8 bits per block too), or float32. All
+but the float32 matrix products are operators of our own (engine/kernels). Attention takes all rows of a
+step at once and writes new keys and values into the kv_slots' memory where it lies; no node copies a
+cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_build.onnx_writer import MICROSOFT, SINKSERVE, GraphWriter
-from engine_build.quantize import BLOCK, LONG_BLOCK, num_blocks, quantise
+from engine_build.quantize import quantise, stored_shapes
 from engine_build.spec import EngineSpec
 from engine_build.weights import MergedWeight, merged_weights
 
@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float32]
 
 ANGLES, ROWS, CACHE = "angles", "rows", "cache"
 ROW_FIELDS = 7
+LEVELS, SCALES = ".levels", ".scales"
 
 
 class CpuLowering:
@@ -53,54 +54,22 @@ class CpuLowering:
         """See `Lowering.store`."""
         if not (self._int8 and weight.is_matrix):
             return {weight.name: values}
-        levels, scales = quantise(values, self._block(weight.name))
-        return {
-            weight.name + ".levels": levels,
-            weight.name + ".scales": scales.reshape(-1),
-        }
+        levels, scales = quantise(values)
+        return {weight.name + LEVELS: levels, weight.name + SCALES: scales}
 
     def embedding(self, name: str, token_ids: str) -> str:
         """See `Lowering.embedding`."""
         if not self._int8:
             return self._graph.node("Gather", [self._float32(name), token_ids])
-        rows, columns = self._sizes[name]
-        levels, scales = self._quantised(name)
-        size = self._block(name)
-        blocks = num_blocks(columns, size)
-        padded = blocks * size
-        table = self._graph.alias(name + ".table", levels, (rows, padded))
-        table_scales = self._graph.alias(name + ".table_scales", scales, (rows, blocks))
-        gathered = self._graph.node(
-            "GatherBlockQuantized",
-            [table, token_ids, table_scales],
-            MICROSOFT,
-            gather_axis=0,
-            quantize_axis=1,
-            block_size=size,
-            bits=8,
-        )
-        if padded == columns:
-            return gathered
-        cut = [self._graph.constant(value) for value in ([0], [columns], [2])]
-        return self._graph.node("Slice", [gathered, *cut])
+        return self._blocks("BlockEmbedding", token_ids, name)
 
     def linear(self, x: str, name: str, bias: str | None = None) -> str:
         """See `Lowering.linear`."""
-        rows, columns = self._sizes[name]
+        extra = [] if bias is None else [self._float32(bias)]
         if self._int8:
-            extra = [] if bias is None else ["", "", self._float32(bias)]
-            return self._graph.node(
-                "MatMulNBits",
-                [x, *self._quantised(name), *extra],
-                MICROSOFT,
-                K=columns,
-                N=rows,
-                bits=8,
-                block_size=self._block(name),
-                accuracy_level=4,
-            )
+            return self._blocks("BlockLinear", x, name, *extra)
         product = self._graph.node("FusedMatMul", [x, self._float32(name)], MICROSOFT, transB=1)
-        return product if bias is None else self._graph.node("Add", [product, self._float32(bias)])
+        return self._graph.node("Add", [product, *extra]) if extra else product
 
     def norm(self, x: str, name: str) -> str:
         """See `Lowering.norm`."""
@@ -109,14 +78,12 @@ class CpuLowering:
 
     def add_norm(self, x: str, delta: str, name: str) -> tuple[str, str]:
         """See `Lowering.add_norm`."""
-        normed, total = name + ":normed", name + ":sum"
-        self._graph.nodes(
-            "SkipSimplifiedLayerNormalization",
+        normed, total = self._graph.nodes(
+            "AddNorm",
             [x, delta, self._float32(name)],
-            4,
-            MICROSOFT,
+            2,
+            SINKSERVE,
             epsilon=self._shape.rms_norm_eps,
-            output_names=[normed, "", "", total],
         )
         return total, normed
 
@@ -145,13 +112,10 @@ class CpuLowering:
     def _float32(self, name: str) -> str:
         return self._graph.weight(name, np.float32, self._sizes[name])
 
-    def _block(self, name: str) -> int:
-        long = name.endswith(".down") and self._sizes[name][1] % LONG_BLOCK == 0
-        return LONG_BLOCK if long else BLOCK
-
-    def _quantised(self, name: str) -> tuple[str, str]:
+    def _blocks(self, op: str, x: str, name: str, *extra: str) -> str:
         rows, columns = self._sizes[name]
-        size = self._block(name)
-        blocks = num_blocks(columns, size)
-        levels = self._graph.weight(name + ".levels", np.uint8, (rows, blocks, size))
-        return levels, self._graph.weight(name + ".scales", np.float32, (rows * blocks,))
+        levels_shape, scales_shape = stored_shapes(rows, columns)
+        levels = self._graph.weight(name + LEVELS, np.uint8, levels_shape)
+        scales = self._graph.weight(name + SCALES, np.float16, scales_shape)
+        inputs = [x, levels, scales, *extra]
+        return self._graph.node(op, inputs, SINKSERVE, width_in=columns, width_out=rows)

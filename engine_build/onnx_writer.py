@@ -1,4 +1,4 @@
-"""Writes ONNX graphs: nodes, constants, and weights that live in another file.
+"""Writes ONNX graphs: nodes, and weights that live in another file.
 
 A weight is declared by name, type and shape; its bytes are found in a safetensors file when the model
 is made, so graph and weights are never two copies of one thing.
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 MICROSOFT = "com.microsoft"
 SINKSERVE = "sinkserve"
@@ -32,11 +32,10 @@ class StoredAt:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """A weight: element type, shape, and the weight whose bytes it is (itself unless an alias)."""
+    """A weight: element type and shape."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    bytes_of: str
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +48,6 @@ class GraphWriter:
 
     weights: dict[str, Declared] = field(default_factory=dict)
     _nodes: list[onnx.NodeProto] = field(default_factory=list)
-    _constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     _inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     _outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
 
@@ -64,19 +62,7 @@ class GraphWriter:
 
     def weight(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> str:
         """Declare a weight of the weights file; declaring it again is no error."""
-        self.weights.setdefault(name, Declared(np.dtype(dtype), shape, name))
-        return name
-
-    def alias(self, name: str, of: str, shape: tuple[int, ...]) -> str:
-        """Declare another shape for the bytes of the weight `of`."""
-        self.weights[name] = Declared(self.weights[of].dtype, shape, of)
-        return name
-
-    def constant(self, values: Sequence[int]) -> str:
-        """An int64 vector that is part of the graph."""
-        name = "const_" + "_".join(str(value).replace("-", "m") for value in values)
-        if name not in self._constants:
-            self._constants[name] = numpy_helper.from_array(np.array(values, np.int64), name)
+        self.weights.setdefault(name, Declared(np.dtype(dtype), shape))
         return name
 
     def node(self, op: str, inputs: Sequence[str], domain: str = "", **attributes: Any) -> str:
@@ -98,13 +84,11 @@ class GraphWriter:
         """The finished model, its weights at `stored` places of `file` (relative to the model)."""
         used = {value for node in self._nodes for value in node.input}
         weights = [
-            _external(weight, declared, file, stored[declared.bytes_of])
+            _external(weight, declared, file, stored[weight])
             for weight, declared in self.weights.items()
             if weight in used
         ]
-        graph = helper.make_graph(
-            self._nodes, name, self._inputs, self._outputs, [*self._constants.values(), *weights]
-        )
+        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, weights)
         opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS]
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="sinkserve"

@@ -24,7 +24,11 @@ Floats = npt.NDArray[np.float32]
 Tensors = Mapping[str, Floats]
 
 _ALIGNMENT = 64
-_DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
+_DTYPE_NAMES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.uint8): "U8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ class WeightFileWriter:
     """
 
     def __init__(self, path: Path, declared: Mapping[str, Declared]) -> None:
-        self._own = {name: d for name, d in declared.items() if d.bytes_of == name}
+        self._own = dict(declared)
         order = sorted(self._own, key=lambda name: -self._own[name].dtype.itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "sinkserve"}}
         offset = 0

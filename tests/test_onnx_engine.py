@@ -13,7 +13,8 @@ from engine.onnx_engine import OnnxEngine
 from engine.protocol import EngineDead, Row, StepPlan
 from engine.rotary import Rotary
 from engine_build.graph import GRAPH_FILE, WEIGHTS_FILE, export_graph
-from engine_build.quantize import BLOCK, LONG_BLOCK, dequantise, num_blocks, quantise
+from engine_build.lowering_cpu import LEVELS, SCALES
+from engine_build.quantize import BLOCK, dequantise, quantise, stored_shapes
 from engine_build.spec import EngineSpec, RopeSpec, SpecError, WeightFormat, kv_dtype_for
 from engine_build.weights import merged_weights
 from tests.engine_fixtures import (
@@ -74,10 +75,9 @@ def test_weights_are_stored_once(tmp_path: Path, family: str, weight_format: Wei
         if weight.name in stored:
             assert (stored[weight.name] == wanted).all()
         else:
-            levels = stored[weight.name + ".levels"]
-            scales = stored[weight.name + ".scales"].reshape(levels.shape[:2])
-            got = dequantise(levels, scales, wanted.shape[1])
-            assert np.abs(got - wanted).max() <= scales.max() * 0.501
+            levels, scales = stored[weight.name + LEVELS], stored[weight.name + SCALES]
+            got = dequantise(levels, scales, *wanted.shape)
+            assert np.abs(got - wanted).max() <= scales.max() * 0.51
     assert (tmp_path / WEIGHTS_FILE).stat().st_size < 8192 + sum(a.nbytes for a in stored.values())
 
 
@@ -90,14 +90,14 @@ def test_progress_only_grows_and_reaches_one(tmp_path: Path) -> None:
     assert seen[-1] == 1.0
 
 
-@pytest.mark.parametrize(("columns", "size"), [(64, BLOCK), (50, BLOCK), (256, LONG_BLOCK)])
-def test_quantised_weights_are_within_half_a_step(columns: int, size: int) -> None:
-    weights = np.random.default_rng(0).standard_normal((7, columns)).astype(np.float32)
+@pytest.mark.parametrize(("rows", "columns"), [(32, 64), (7, 50), (33, 256)])
+def test_quantised_weights_are_within_half_a_step(rows: int, columns: int) -> None:
+    weights = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
     weights[2] = 0
-    levels, scales = quantise(weights, size)
-    assert levels.shape == (7, num_blocks(columns, size), size)
-    error = np.abs(dequantise(levels, scales, columns) - weights)
-    assert (error <= 0.5001 * scales.repeat(size, axis=1)[:, :columns]).all()
+    levels, scales = quantise(weights)
+    assert (levels.shape, scales.shape) == stored_shapes(rows, columns)
+    error = np.abs(dequantise(levels, scales, rows, columns) - weights)
+    assert (error <= 0.51 * np.abs(weights).max(axis=1, keepdims=True) / 127).all()
     assert error[2].max() == 0
 
 
@@ -105,10 +105,9 @@ def test_weights_that_were_q8_0_stay_what_they_were() -> None:
     rng = np.random.default_rng(0)
     levels = rng.integers(-127, 128, (5, 4, BLOCK))
     levels[..., 0] = 127
-    scales = rng.random((5, 4, 1), dtype=np.float32) + np.float32(0.01)
+    scales = (rng.random((5, 4, 1)) + 0.01).astype(np.float16).astype(np.float32)
     weights = (levels * scales).astype(np.float32).reshape(5, -1)
-    got = dequantise(*quantise(weights, BLOCK), weights.shape[1])
-    assert np.allclose(got, weights, rtol=1e-6)
+    assert (dequantise(*quantise(weights), *weights.shape) == weights).all()
 
 
 def test_angles_far_out_are_those_of_exact_arithmetic() -> None:

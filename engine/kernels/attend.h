@@ -46,14 +46,16 @@ void NAMED(prepare)(const Job *job, int32_t row_number, int32_t kv_head) {
 }
 
 // scores[query][block * 16 + lane] = q . k for `nq` queries and `nb` blocks, all in registers.
-INLINE void NAMED(score)(const int nq, const int nb, const T *const *keys, int32_t dim, const float *q,
-                         int32_t q_stride, float *scores) {
+INLINE void NAMED(score)(const int nq, const int nb, const int ahead, const T *const *keys, int32_t dim,
+                         const float *q, int32_t q_stride, float *scores) {
     Floats sum[REGISTER_QUERIES][REGISTER_BLOCKS];
     for (int i = 0; i < nq; i++)
         for (int b = 0; b < nb; b++) sum[i][b] = splat(0.0f);
     for (int32_t d = 0; d < dim; d++) {
         Floats key[REGISTER_BLOCKS];
         for (int b = 0; b < nb; b++) key[b] = LOAD(keys[b] + (size_t)d * LANES);
+        if (ahead && d % (CACHE_LINE / (LANES * (int)sizeof(T))) == 0)
+            for (int b = 0; b < nb; b++) __builtin_prefetch(keys[nb + b] + (size_t)d * LANES);
         for (int i = 0; i < nq; i++) {
             Floats query = splat(q[i * q_stride + d]);
             for (int b = 0; b < nb; b++) sum[i][b] += query * key[b];
@@ -67,10 +69,12 @@ static void NAMED(score_queries)(int nq, int nb, const T *const *keys, int32_t d
                                  int32_t q_stride, float *scores) {
 #define CASE(n)                                                                            \
     case n:                                                                                \
+        for (; nb - done >= 2 * REGISTER_BLOCKS; done += REGISTER_BLOCKS)                      \
+            NAMED(score)(n, REGISTER_BLOCKS, 1, keys + done, dim, q, q_stride, scores + done * LANES); \
         for (; nb - done >= REGISTER_BLOCKS; done += REGISTER_BLOCKS)                      \
-            NAMED(score)(n, REGISTER_BLOCKS, keys + done, dim, q, q_stride, scores + done * LANES); \
+            NAMED(score)(n, REGISTER_BLOCKS, 0, keys + done, dim, q, q_stride, scores + done * LANES); \
         for (; done < nb; done++)                                                          \
-            NAMED(score)(n, 1, keys + done, dim, q, q_stride, scores + done * LANES);        \
+            NAMED(score)(n, 1, 0, keys + done, dim, q, q_stride, scores + done * LANES);        \
         break;
     int done = 0;
     switch (nq) {

@@ -239,7 +239,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
         .k_norm = k_norm.data,
     };
     const int64_t dims[2] = {tokens, kernel->heads * kernel->dim};
-    TRY(output_tensor(api, context, dims, 2, (void **)&job.out));
+    TRY(output_tensor(api, context, 0, dims, 2, (void **)&job.out));
     return run_job(kernel, context, &job, &cache, rows.data, tokens);
 }
 
@@ -268,12 +268,7 @@ static OrtStatus *create(const OrtCustomOp *op, API, const OrtKernelInfo *info, 
 }
 
 static const char *name(const OrtCustomOp *op) { return (void)op, "SinkAttention"; }
-static const char *provider(const OrtCustomOp *op) { return (void)op, NULL; }
 static size_t num_inputs(const OrtCustomOp *op) { return (void)op, 6; }
-static size_t num_outputs(const OrtCustomOp *op) { return (void)op, 1; }
-static int output_type(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, TENSOR_FLOAT; }
-static int required(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, INPUT_REQUIRED; }
-static int memory_type(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
 
 static int input_type(const OrtCustomOp *op, size_t index) {
     (void)op;
@@ -286,17 +281,13 @@ static int characteristic(const OrtCustomOp *op, size_t index) {
 }
 
 const OrtCustomOp sink_attention_op = {
-    .version = ORT_ABI_VERSION,
+    COMMON_OP,
     .GetName = name,
-    .GetExecutionProviderType = provider,
     .GetInputType = input_type,
     .GetInputTypeCount = num_inputs,
-    .GetOutputType = output_type,
-    .GetOutputTypeCount = num_outputs,
+    .GetOutputTypeCount = one_tensor,
     .KernelDestroy = free,
     .GetInputCharacteristic = characteristic,
-    .GetOutputCharacteristic = required,
-    .GetInputMemoryType = memory_type,
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,
 };

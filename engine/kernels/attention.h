@@ -13,6 +13,7 @@ enum {
     REGISTER_BLOCKS = 4,
     REGISTER_VECTORS = 4,
     SCORE_STRIDE = TILE_BLOCKS * LANES,
+    CACHE_LINE = 64,
 };
 
 // Sixteen neighbouring places of a kv_slot or sixteen tokens of the row itself.

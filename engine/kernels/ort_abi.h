@@ -27,7 +27,7 @@ typedef struct {
 } OrtApiBase;
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum { TENSOR_FLOAT = 1, TENSOR_UINT8 = 2, TENSOR_INT64 = 7 };
+enum { TENSOR_FLOAT = 1, TENSOR_UINT8 = 2, TENSOR_INT64 = 7, TENSOR_FLOAT16 = 10 };
 enum { INPUT_REQUIRED = 0, INPUT_OPTIONAL = 1 };
 
 typedef struct OrtCustomOp OrtCustomOp;

@@ -43,7 +43,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     TRY(input_tensor(api, context, 0, &in));
     if (in.rank != 2 || in.dims[1] % 2) return invalid(api, "SwiGLU: not [tokens, 2 * inner]");
     int64_t dims[2] = {in.dims[0], in.dims[1] / 2};
-    TRY(output_tensor(api, context, dims, 2, (void **)&job.out));
+    TRY(output_tensor(api, context, 0, dims, 2, (void **)&job.out));
     job.in = in.data;
     job.inner = (size_t)dims[1];
     job.pieces = (job.inner + PIECE - 1) / PIECE;
@@ -62,23 +62,15 @@ static OrtStatus *create(const OrtCustomOp *op, API, const OrtKernelInfo *info, 
 
 static void destroy(void *kernel) { (void)kernel; }
 static const char *name(const OrtCustomOp *op) { return (void)op, "SwiGLU"; }
-static const char *provider(const OrtCustomOp *op) { return (void)op, NULL; }
-static size_t one(const OrtCustomOp *op) { return (void)op, 1; }
-static int is_float(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, TENSOR_FLOAT; }
-static int zero(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
 
 const OrtCustomOp swiglu_op = {
-    .version = ORT_ABI_VERSION,
+    COMMON_OP,
     .GetName = name,
-    .GetExecutionProviderType = provider,
-    .GetInputType = is_float,
-    .GetInputTypeCount = one,
-    .GetOutputType = is_float,
-    .GetOutputTypeCount = one,
+    .GetInputType = float_tensor,
+    .GetInputTypeCount = one_tensor,
+    .GetOutputTypeCount = one_tensor,
     .KernelDestroy = destroy,
-    .GetInputCharacteristic = zero,
-    .GetOutputCharacteristic = zero,
-    .GetInputMemoryType = zero,
+    .GetInputCharacteristic = all_required,
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,
 };

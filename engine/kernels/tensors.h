@@ -35,12 +35,29 @@ static inline OrtStatus *input_tensor(API, const OrtKernelContext *context, size
     return status;
 }
 
-static inline OrtStatus *output_tensor(API, OrtKernelContext *context, const int64_t *dims, size_t rank,
-                                       void **out) {
+static inline OrtStatus *output_tensor(API, OrtKernelContext *context, size_t index,
+                                       const int64_t *dims, size_t rank, void **out) {
     OrtValue *value;
-    TRY(ort_KernelContext_GetOutput(api, context, 0, dims, rank, &value));
+    TRY(ort_KernelContext_GetOutput(api, context, index, dims, rank, &value));
     return ort_GetTensorMutableData(api, value, out);
 }
 
-extern const OrtCustomOp sink_attention_op;
-extern const OrtCustomOp swiglu_op;
+static inline const char *default_provider(const OrtCustomOp *op) { return (void)op, NULL; }
+static inline size_t one_tensor(const OrtCustomOp *op) { return (void)op, 1; }
+
+static inline int float_tensor(const OrtCustomOp *op, size_t index) {
+    return (void)op, (void)index, TENSOR_FLOAT;
+}
+
+static inline int all_required(const OrtCustomOp *op, size_t index) {
+    return (void)op, (void)index, INPUT_REQUIRED;
+}
+
+static inline int default_memory(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
+
+// What all operators here have in common: the CPU, and float32 results that are always there.
+#define COMMON_OP                                                                              \
+    .version = ORT_ABI_VERSION, .GetExecutionProviderType = default_provider,                  \
+    .GetOutputType = float_tensor, .GetOutputCharacteristic = all_required, .GetInputMemoryType = default_memory
+
+extern const OrtCustomOp sink_attention_op, swiglu_op, block_linear_op, block_embedding_op, add_norm_op;

@@ -1,0 +1,272 @@
+// Linear layers with 8-bit weights in blocks of 64 inputs: BlockLinear, and BlockEmbedding of the same table.
+//
+//   weights  uint8   [tiles, inputs / 4, 32, 4]   level + 128, 32 outputs side by side
+//   scales   float16 [tiles, inputs / 64, 32]
+//
+// Outputs and inputs are padded to whole tiles and blocks. Activations are rounded to 8 bits per block too
+// (scale = largest / 127), so a product is a sum of bytes times bytes.
+//
+// BlockLinear: x float32 [tokens, inputs], weights, scales, bias float32 [outputs] or absent, result float32
+// [tokens, outputs]. BlockEmbedding: token_ids int64 [tokens], weights, scales, result [tokens, inputs].
+#include <stdlib.h>
+
+#include "dot.h"
+#include "tensors.h"
+
+enum {
+    BLOCK = 64,
+    TILE = 32,
+    TILE_VECTORS = TILE / LANES,
+    REGISTER_TOKENS = 8,
+    TOKENS_TOGETHER = 64,
+    INLINE_INPUTS = 1 << 13,
+    ALIGNMENT = 64,
+};
+
+typedef struct {
+    const OrtApi *api;
+    int64_t inputs, outputs;
+} Kernel;
+
+// Activations of a token: `blocks` times 64 bytes; of a block: its scale and where its sums start.
+typedef struct {
+    const float *x, *bias;
+    const uint8_t *weights;
+    const _Float16 *scales;
+    float *out;
+    int8_t *levels;
+    float *level_scales;
+    int32_t *starts;
+    int64_t tokens, inputs, outputs, blocks;
+} Job;
+
+static void round_token(void *data, size_t token) {
+    const Job *job = data;
+    const float *x = job->x + token * job->inputs;
+    for (int64_t block = 0; block < job->blocks; block++) {
+        float values[BLOCK] = {0};
+        int64_t count = job->inputs - block * BLOCK < BLOCK ? job->inputs - block * BLOCK : BLOCK;
+        memcpy(values, x + block * BLOCK, count * sizeof(float));
+        Floats most = splat(0.0f), zero = splat(0.0f);
+        for (int i = 0; i < BLOCK; i += LANES) {
+            Floats value = load_float(values + i);
+            most = larger(choose(value > 0.0f, value, -value), most);
+            zero += value * 0.0f;  // or NaN, which no rounding may hide
+        }
+        const float largest = largest_of(most) + sum_of(zero);
+        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        int8_t *levels = job->levels + (token * job->blocks + block) * BLOCK;
+        int32_t sum = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            int32_t level = inverse > 0.0f ? (int32_t)__builtin_rintf(values[i] * inverse) : 0;
+            levels[i] = (int8_t)level;
+            sum += level;
+        }
+        job->level_scales[token * job->blocks + block] = largest / 127.0f;
+        job->starts[token * job->blocks + block] = DOT_BIAS * sum;
+    }
+}
+
+// One tile of outputs for `count` tokens from `first` on.
+INLINE void multiply(const Job *job, const int count, int64_t tile, int64_t first) {
+    const int64_t blocks = job->blocks;
+    const uint8_t *weights = job->weights + tile * blocks * BLOCK * TILE;
+    const _Float16 *scales = job->scales + tile * blocks * TILE;
+    const int8_t *levels = job->levels + first * blocks * BLOCK;
+    Floats total[REGISTER_TOKENS][TILE_VECTORS];
+    for (int t = 0; t < count; t++)
+        for (int v = 0; v < TILE_VECTORS; v++) total[t][v] = splat(0.0f);
+    for (int64_t block = 0; block < blocks; block++) {
+        Ints sum[REGISTER_TOKENS][TILE_VECTORS];
+        for (int t = 0; t < count; t++)
+            for (int v = 0; v < TILE_VECTORS; v++)
+                sum[t][v] = splat_int(job->starts[(first + t) * blocks + block]);
+#pragma clang loop unroll(full)
+        for (int k = 0; k < BLOCK; k += 4, weights += 4 * TILE)
+            for (int t = 0; t < count; t++)
+                for (int v = 0; v < TILE_VECTORS; v++)
+                    sum[t][v] = dot4(sum[t][v], weights + 4 * LANES * v,
+                                     levels + (t * blocks + block) * BLOCK + k);
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            Floats scale = load_half(scales + block * TILE + v * LANES);
+            for (int t = 0; t < count; t++) {
+                Floats product = __builtin_convertvector(sum[t][v], Floats);
+                total[t][v] += product * (scale * job->level_scales[(first + t) * blocks + block]);
+            }
+        }
+    }
+    const int64_t output = tile * TILE, width = job->outputs - output;
+    for (int t = 0; t < count; t++)
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            const int64_t left = width - v * LANES;
+            float *to = job->out + (first + t) * job->outputs + output + v * LANES;
+            if (left <= 0) break;
+            float bias[LANES] = {0};
+            if (job->bias != NULL)
+                memcpy(bias, job->bias + output + v * LANES, (left < LANES ? left : LANES) * sizeof(float));
+            Floats result = total[t][v] + load_float(bias);
+            if (left >= LANES)
+                store_float(to, result);
+            else
+                memcpy(to, &result, left * sizeof(float));
+        }
+}
+
+static void multiply_tile(void *data, size_t tile) {
+    const Job *job = data;
+    int64_t first = 0;
+    for (; job->tokens - first >= REGISTER_TOKENS; first += REGISTER_TOKENS)
+        multiply(job, REGISTER_TOKENS, (int64_t)tile, first);
+    switch (job->tokens - first) {
+        case 1: multiply(job, 1, (int64_t)tile, first); break;
+        case 2: multiply(job, 2, (int64_t)tile, first); break;
+        case 3: multiply(job, 3, (int64_t)tile, first); break;
+        case 4: multiply(job, 4, (int64_t)tile, first); break;
+        case 5: multiply(job, 5, (int64_t)tile, first); break;
+        case 6: multiply(job, 6, (int64_t)tile, first); break;
+        case 7: multiply(job, 7, (int64_t)tile, first); break;
+    }
+}
+
+static OrtStatus *check_weights(const Kernel *kernel, const Tensor *weights, const Tensor *scales) {
+    const int64_t tiles = (kernel->outputs + TILE - 1) / TILE, blocks = (kernel->inputs + BLOCK - 1) / BLOCK;
+    if (weights->rank != 4 || weights->dims[0] != tiles || weights->dims[1] != blocks * BLOCK / 4 ||
+        weights->dims[2] != TILE || weights->dims[3] != 4)
+        return invalid(kernel->api, "BlockLinear: weights are not [tiles, inputs / 4, 32, 4]");
+    if (scales->rank != 3 || scales->dims[0] != tiles || scales->dims[1] != blocks || scales->dims[2] != TILE)
+        return invalid(kernel->api, "BlockLinear: scales are not [tiles, inputs / 64, 32]");
+    return NULL;
+}
+
+static OrtStatus *compute_linear(void *data, OrtKernelContext *context) {
+    const Kernel *kernel = data;
+    API = kernel->api;
+    Tensor x, weights, scales, bias = {0};
+    const OrtValue *given;
+    TRY(input_tensor(api, context, 0, &x));
+    TRY(input_tensor(api, context, 1, &weights));
+    TRY(input_tensor(api, context, 2, &scales));
+    size_t num_inputs;
+    TRY(ort_KernelContext_GetInputCount(api, context, &num_inputs));
+    if (num_inputs > 3) {
+        TRY(ort_KernelContext_GetInput(api, context, 3, &given));
+        if (given != NULL) TRY(input_tensor(api, context, 3, &bias));
+        if (given != NULL && (bias.rank != 1 || bias.dims[0] != kernel->outputs))
+            return invalid(api, "BlockLinear: bias is not [outputs]");
+    }
+    TRY(check_weights(kernel, &weights, &scales));
+    if (x.rank != 2 || x.dims[1] != kernel->inputs)
+        return invalid(api, "BlockLinear: x is not [tokens, inputs]");
+    const int64_t tokens = x.dims[0], dims[2] = {tokens, kernel->outputs};
+    Job job = {
+        .x = x.data,
+        .bias = bias.data,
+        .weights = weights.data,
+        .scales = scales.data,
+        .tokens = tokens,
+        .inputs = kernel->inputs,
+        .outputs = kernel->outputs,
+        .blocks = (kernel->inputs + BLOCK - 1) / BLOCK,
+    };
+    TRY(output_tensor(api, context, 0, dims, 2, (void **)&job.out));
+    if (tokens == 0) return NULL;
+    const size_t blocks = (size_t)(tokens * job.blocks);
+    char *memory = malloc(blocks * (BLOCK + sizeof(float) + sizeof(int32_t)) + ALIGNMENT);
+    if (memory == NULL) return ort_CreateStatus(api, ORT_FAIL, "BlockLinear: out of memory");
+    job.levels = (int8_t *)(memory + (ALIGNMENT - (uintptr_t)memory % ALIGNMENT) % ALIGNMENT);
+    job.level_scales = (float *)(job.levels + blocks * BLOCK);
+    job.starts = (int32_t *)(job.level_scales + blocks);
+    OrtStatus *status = NULL;
+    // Waking threads costs microseconds: what is quicker than that is done here.
+    if (tokens > 1 && tokens * kernel->inputs >= INLINE_INPUTS)
+        status = ort_KernelContext_ParallelFor(api, context, round_token, (size_t)tokens, 0, &job);
+    else
+        for (int64_t token = 0; token < tokens; token++) round_token(&job, (size_t)token);
+    const size_t tiles = (size_t)((job.outputs + TILE - 1) / TILE);
+    if (status == NULL) status = ort_KernelContext_ParallelFor(api, context, multiply_tile, tiles, 0, &job);
+    free(memory);
+    return status;
+}
+
+static OrtStatus *compute_embedding(void *data, OrtKernelContext *context) {
+    const Kernel *kernel = data;
+    API = kernel->api;
+    Tensor ids, weights, scales;
+    TRY(input_tensor(api, context, 0, &ids));
+    TRY(input_tensor(api, context, 1, &weights));
+    TRY(input_tensor(api, context, 2, &scales));
+    TRY(check_weights(kernel, &weights, &scales));
+    if (ids.rank != 1) return invalid(api, "BlockEmbedding: token_ids are not [tokens]");
+    const int64_t dims[2] = {ids.dims[0], kernel->inputs};
+    const int64_t blocks = (kernel->inputs + BLOCK - 1) / BLOCK;
+    float *out;
+    TRY(output_tensor(api, context, 0, dims, 2, (void **)&out));
+    for (int64_t n = 0; n < dims[0]; n++) {
+        const int64_t id = ((const int64_t *)ids.data)[n], tile = id / TILE, lane = id % TILE;
+        if (id < 0 || id >= kernel->outputs) return invalid(api, "BlockEmbedding: no such token id");
+        const uint8_t *levels = (const uint8_t *)weights.data + tile * blocks * BLOCK * TILE + lane * 4;
+        const _Float16 *scale = (const _Float16 *)scales.data + tile * blocks * TILE + lane;
+        for (int64_t i = 0; i < kernel->inputs; i++) {
+            const int level = (int)levels[i / 4 * 4 * TILE + i % 4] - 128;
+            out[n * kernel->inputs + i] = (float)level * (float)scale[i / BLOCK * TILE];
+        }
+    }
+    return NULL;
+}
+
+static OrtStatus *create(const OrtCustomOp *op, API, const OrtKernelInfo *info, void **out) {
+    (void)op;
+    Kernel *kernel = malloc(sizeof *kernel);
+    if (kernel == NULL) return ort_CreateStatus(api, ORT_FAIL, "BlockLinear: out of memory");
+    *kernel = (Kernel){.api = api};
+    OrtStatus *status = ort_KernelInfoGetAttribute_int64(api, info, "width_in", &kernel->inputs);
+    if (status == NULL) status = ort_KernelInfoGetAttribute_int64(api, info, "width_out", &kernel->outputs);
+    if (status == NULL && (kernel->inputs < 1 || kernel->outputs < 1))
+        status = invalid(api, "BlockLinear: inputs and outputs must be positive");
+    if (status != NULL) free(kernel);
+    else *out = kernel;
+    return status;
+}
+
+static const char *linear_name(const OrtCustomOp *op) { return (void)op, "BlockLinear"; }
+static const char *embedding_name(const OrtCustomOp *op) { return (void)op, "BlockEmbedding"; }
+static size_t four(const OrtCustomOp *op) { return (void)op, 4; }
+static size_t three(const OrtCustomOp *op) { return (void)op, 3; }
+
+static int linear_input(const OrtCustomOp *op, size_t index) {
+    (void)op;
+    return index == 1 ? TENSOR_UINT8 : index == 2 ? TENSOR_FLOAT16 : TENSOR_FLOAT;
+}
+
+static int embedding_input(const OrtCustomOp *op, size_t index) {
+    return index == 0 ? TENSOR_INT64 : linear_input(op, index);
+}
+
+static int linear_characteristic(const OrtCustomOp *op, size_t index) {
+    (void)op;
+    return index < 3 ? INPUT_REQUIRED : INPUT_OPTIONAL;
+}
+
+const OrtCustomOp block_linear_op = {
+    COMMON_OP,
+    .GetName = linear_name,
+    .GetInputType = linear_input,
+    .GetInputTypeCount = four,
+    .GetOutputTypeCount = one_tensor,
+    .KernelDestroy = free,
+    .GetInputCharacteristic = linear_characteristic,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = compute_linear,
+};
+
+const OrtCustomOp block_embedding_op = {
+    COMMON_OP,
+    .GetName = embedding_name,
+    .GetInputType = embedding_input,
+    .GetInputTypeCount = three,
+    .GetOutputTypeCount = one_tensor,
+    .KernelDestroy = free,
+    .GetInputCharacteristic = all_required,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = compute_embedding,
+};
