@@ -15,6 +15,8 @@ from tests.sim.backends import MemoryBackend, RedisBackend
 from tests.sim.world import OpenBackend, Outcome, Plan, simulate
 from tests.valkey_fixture import start_valkey
 
+MAX_FAILURES = 8
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
@@ -48,6 +50,8 @@ def _run(args: argparse.Namespace, open_backend: OpenBackend) -> int:
         if outcome.problem:
             failed.append(outcome)
             print(f"seed {seed}, {outcome.plan.kind}: {outcome.problem}")
+        if len(failed) == MAX_FAILURES:
+            break
     print(f"{len(failed)} failed; {dict(counts)}; {time.perf_counter() - began_s:.1f} s")
     return 1 if failed else 0
 

@@ -67,6 +67,10 @@ class Backend(Protocol):
         """Drop what has expired by the network's clock."""
         ...
 
+    def close(self) -> None:
+        """After the run."""
+        ...
+
 
 class MemoryBackend:
     """The reference, its state copied whole for each `save`."""
@@ -89,6 +93,9 @@ class MemoryBackend:
 
     def clock_moved(self) -> None:
         """It looks at the clock itself."""
+
+    def close(self) -> None:
+        """Nothing is left."""
 
 
 class RedisBackend:

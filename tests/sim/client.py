@@ -22,7 +22,8 @@ from deployments.turn_call import (
     TurnTokens,
 )
 from engine.sampling import SamplingParams
-from tests.sim.ledger import Ledger, Violation
+from tests.sim.claims import Violation
+from tests.sim.ledger import Ledger
 from tests.sim.network import Network
 from tests.sim.toy import FIRST_WORD, POISON, VOCAB
 from tests.sim.virtual import Process
@@ -98,7 +99,7 @@ class Habits:
 
     cancels: float = 0.0
     forgets_shown: float = 0.3
-    second_reader: float = 0.05
+    second_reader: float = 0.15
     stale: float = 0.0
     asks_again: float = 0.15
     changes_body: float = 0.05
@@ -283,11 +284,13 @@ class User:
 
     async def _read_along(self, call: TurnCall) -> None:
         """A second reader of the same key, once: it must see the same."""
-        await asyncio.sleep(self._random.uniform(0.0, 0.3))
-        server = self._choose()
+        await asyncio.sleep(self._random.uniform(0.0, 0.5))
+        # Sometimes as one that took the owner for dead, so that two replicas run the turn.
+        steal = self._chance(self._habits.steals)
+        server = self._choose(0.2 if steal else 0.8)
         if server is None:
             return
-        along = replace(call, on_disconnect="finish")
+        along = replace(call, on_disconnect="finish", steal=steal)
         try:
             async with aclosing(listen(server, along, PATIENCE_S)) as items:
                 async for item in items:
@@ -313,9 +316,13 @@ class User:
         ledger = self._around.ledger
         ledger.counts["turn_conflict"] += 1
         record = await self._look()
-        excused = ledger.known[call.conversation_id].may_be_gone
-        if record is not None and call.expect_head == record.head and not excused:
+        known = ledger.known[call.conversation_id]
+        if record is None or known.may_be_gone:
+            return
+        if call.expect_head == record.head:
             raise Violation(f"{call.key}: 409, although the client's view is the latest")
+        if known.acknowledged.get(record.turn) == (record.head, call.key):
+            raise Violation(f"{call.key}: 409, although it was committed last")
 
     async def _look(self) -> Conversation | None:
         """Read the record and go on from there."""
@@ -340,10 +347,10 @@ class User:
             except StoreUnavailable:
                 await asyncio.sleep(0.2)
 
-    def _choose(self) -> Server | None:
-        """Mostly the owner; sometimes any, also one that does not answer."""
+    def _choose(self, loyalty: float = 0.8) -> Server | None:
+        """The owner, with this likelihood; else any, also one that does not answer."""
         servers = self._around.servers()
         owners = [server for server in servers if server.process.name == self._owner]
-        if owners and self._chance(0.8):
+        if owners and self._chance(loyalty):
             return owners[0]
         return self._random.choice(servers) if servers else None

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 from cluster.conversation import (
     GENESIS,
-    BeginTurn,
-    Checkpoint,
     Conversation,
     Fence,
     Message,
@@ -22,14 +20,11 @@ from cluster.conversation import (
     chain_head,
 )
 from deployments.turn_call import TurnCall, TurnDone
+from tests.sim.claims import Claim, Claims, Violation
 from tests.sim.toy import EOS, close_reply, oracle_reply
 
 Name = tuple[str, str]
 """(conversation_id, key)"""
-
-
-class Violation(Exception):
-    """A promise was broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +44,7 @@ class Known:
     """One conversation as the ledger knows it."""
 
     new: NewConversation
+    claims: Claims
     deleted: bool = False
     may_be_gone: bool = False
     proposed: dict[str, Proposed] = field(default_factory=dict)
@@ -59,30 +55,22 @@ class Known:
 
 
 class Ledger:
-    """`noisy`: replies depend on who computed them, so that they cannot be recomputed."""
+    """`noisy`: replies depend on who computed them, so that they cannot be recomputed. `keeps_leases`:
+    no clock jumps and nothing is rolled back, so that leases last as long as they say."""
 
-    def __init__(self, noisy: bool) -> None:
-        self._noisy = noisy
+    def __init__(self, noisy: bool, keeps_leases: bool) -> None:
         self.known: dict[str, Known] = {}
         self.counts: Counter[str] = Counter()
+        self.last_owner = ""
+        self._noisy = noisy
+        self._keeps_leases = keeps_leases
         self._asked: dict[Name, TurnCall] = {}
-        self._generation: dict[Name, int] = {}
-        self._claimed: dict[tuple[str, str, str], int] = {}
-        self._began: dict[Name, int] = {}
-        self._tickets = 0
-        self._last_ticket: dict[str, int] = {}
-        self._unanswered: dict[str, set[int]] = {}
-        self._tries: Counter[Name] = Counter()
         self._victims: Counter[Name] = Counter()
-        self._stored: dict[tuple[str, str, int], list[int]] = {}
-        self._shown: dict[tuple[str, str, int], dict[int, int]] = {}
-        self._fences: dict[tuple[str, int, str], tuple[Name, int, int]] = {}
-        self._fingerprints: dict[tuple[str, int], str] = {}
 
     # --- what clients do and see ------------------------------------------------------------------
 
     def created(self, new: NewConversation) -> None:
-        self.known[new.conversation_id] = Known(new)
+        self.known[new.conversation_id] = Known(new, Claims(self._keeps_leases))
 
     def deleted(self, conversation_id: str) -> None:
         self.known[conversation_id].deleted = True
@@ -93,18 +81,8 @@ class Ledger:
 
     def shown(self, replica: str, call: TurnCall, k: int, tokens: tuple[int, ...]) -> None:
         """`replica` has sent tokens `k`, `k` + 1, ... to the client of `call`."""
-        name = (call.conversation_id, call.key)
-        generation = self._claimed.get((replica, *name))
-        if generation is None:
-            raise Violation(f"{replica} streams {name}, which it never claimed")
-        stored = self._stored.setdefault((*name, generation), [])
-        shown = self._shown.setdefault((*name, generation), {})
-        for place, token in enumerate(tokens, k):
-            if shown.setdefault(place, token) != token:
-                raise Violation(f"{name}: token {place} is {token}, was shown as {shown[place]}")
-            if stored[place : place + 1] != [token]:
-                raise Violation(f"{name}: token {place} was shown before it was stored")
         self.counts["shown"] += len(tokens)
+        self.known[call.conversation_id].claims.shown(replica, call.key, k, tokens)
 
     def done(self, call: TurnCall, seen: list[int], done: TurnDone) -> None:
         """A client was told that its turn is committed, after having seen these tokens of it."""
@@ -126,65 +104,46 @@ class Ledger:
 
     # --- what the store is told and answers -------------------------------------------------------
 
-    def begun(self, turn: BeginTurn, ownership: Ownership, ticket: int) -> None:
-        """The store gave `turn.replica` the turn, under the claim of this number."""
-        name = (turn.conversation_id, turn.key)
-        record = ownership.conversation
-        if (
-            turn.expect_head is not None
-            and not ownership.resumed
-            and record.head != turn.expect_head
-        ):
-            raise Violation(f"{name}: begun at another hash than expected")
-        if self.known[turn.conversation_id].new.tenant != turn.tenant:
-            raise Violation(f"{name}: begun for a foreign tenant")
-        asked = self._asked[name]
-        if ownership.resumed:
-            self.counts["resumed"] += 1
-            if ownership.input_ids.tolist() != asked.input_ids.tolist():
-                raise Violation(f"{name}: resumed with another input")
-        if (
-            not ownership.resumed
-            or name not in self._began
-            or self._may_have_restarted(name, ticket)
-        ):
-            # Another run of the turn, as far as anybody can know: its tokens may differ.
-            self._generation[name] = ownership.fence.epoch
-            self._began[name] = ticket
+    def claims(self, conversation_id: str) -> Claims:
+        return self.known[conversation_id].claims
+
+    def died(self, replica: str) -> None:
+        for known in self.known.values():
+            known.claims.died(replica)
+
+    def granted(self, claim: Claim, ownership: Ownership, now_s: float) -> None:
+        """The store gave the claim's replica the turn, until now."""
+        turn, record = claim.turn, ownership.conversation
+        known, name = self.known[turn.conversation_id], (turn.conversation_id, turn.key)
+        self.last_owner = turn.replica
+        self.counts["begun"] += 1
+        self.counts["resumed"] += ownership.resumed
+        if not ownership.resumed:
+            if turn.expect_head is not None and record.head != turn.expect_head:
+                raise Violation(f"{turn.key}: begun at another hash than expected")
             # Another key ends an expired turn, and with it the count of its victims.
             self._victims = Counter({n: v for n, v in self._victims.items() if n[0] != name[0]})
-        generation = self._generation[name]
-        self._claimed[turn.replica, *name] = generation
-        fence = (turn.conversation_id, ownership.fence.epoch, ownership.fence.nonce)
-        self._fences[fence] = (name, generation, ticket)
-        other = self._fingerprints.setdefault((turn.conversation_id, fence[1]), fence[2])
-        if other != fence[2]:
-            raise Violation(f"{name}: epoch {fence[1]} was given out twice")
-        stored = self._stored.setdefault((*name, generation), [])
-        resumed = ownership.output_ids.tolist()
-        if resumed[: len(stored)] != stored[: len(resumed)]:
-            raise Violation(f"{name}: resumed with {resumed}, stored were {stored}")
-        stored.extend(resumed[len(stored) :])
+        elif ownership.input_ids.tolist() != self._asked[name].input_ids.tolist():
+            raise Violation(f"{turn.key}: resumed with another input")
+        if known.new.tenant != turn.tenant:
+            raise Violation(f"{turn.key}: begun for a foreign tenant")
+        known.claims.granted(claim, ownership, now_s, known.may_be_gone)
 
-    def stored(self, checkpoint: Checkpoint) -> None:
-        """The store has acknowledged these tokens."""
-        conversation, fence = checkpoint.conversation_id, checkpoint.fence
-        name, generation, _ = self._fences[conversation, fence.epoch, fence.nonce]
-        stored = self._stored[*name, generation]
-        tokens = checkpoint.token_ids.tolist()
-        known = stored[checkpoint.k : checkpoint.k + len(tokens)]
-        if checkpoint.k > len(stored) or known != tokens[: len(known)]:
-            raise Violation(f"{name}: {tokens} accepted at {checkpoint.k} of {stored}")
-        stored.extend(tokens[len(known) :])
+    def fenced(self, conversation_id: str, fence: Fence) -> None:
+        """The store has called this fence an old one."""
+        if not self.known[conversation_id].may_be_gone:
+            self.claims(conversation_id).fenced(fence)
 
     def proposed(self, commit: TurnCommit, turn: int, before: str) -> None:
         """A replica is about to send this commit of turn number `turn` after hash `before`."""
-        conversation, fence = commit.conversation_id, commit.fence
-        (_, key), _, _ = self._fences[conversation, fence.epoch, fence.nonce]
-        asked = self._asked[conversation, key]
+        self.counts["proposed"] += 1
+        claims = self.claims(commit.conversation_id)
+        key = claims.by_fence(commit.fence).turn.key
+        asked = self._asked[commit.conversation_id, key]
         if commit.head != chain_head(before, asked.input_ids, commit.output_ids):
             raise Violation(f"{key}: the commit's hash is not that of its ids")
-        self.known[conversation].proposed[commit.head] = Proposed(
+        claims.ends(commit.fence, aborts=False)
+        self.known[commit.conversation_id].proposed[commit.head] = Proposed(
             turn,
             before,
             key,
@@ -193,36 +152,11 @@ class Ledger:
             commit.messages,
         )
 
-    def tried(self, turn: BeginTurn) -> int:
-        """A claim is about to be sent; the number by which `answered` names it."""
-        self._tries[turn.conversation_id, turn.key] += 1
-        self._tickets += 1
-        self._last_ticket[turn.conversation_id] = self._tickets
-        self._unanswered.setdefault(turn.conversation_id, set()).add(self._tickets)
-        return self._tickets
-
-    def answered(self, turn: BeginTurn, ticket: int) -> None:
-        """The store's answer to a claim has come."""
-        self._unanswered[turn.conversation_id].discard(ticket)
-
-    def _may_have_restarted(self, name: Name, ticket: int) -> bool:
-        """Whether a claim whose answer nobody knows may have begun the turn anew since."""
-        last = self._began[name]
-        return any(other > last for other in self._unanswered[name[0]] - {ticket})
-
-    def fenced(self, conversation_id: str, fence: Fence) -> None:
-        """The store has called this fence an old one: there must have been a later claim."""
-        _, _, ticket = self._fences[conversation_id, fence.epoch, fence.nonce]
-        known = self.known[conversation_id]
-        if self._last_ticket[conversation_id] <= ticket and not known.may_be_gone:
-            raise Violation(f"{fence} is the latest claim of {conversation_id}, and was fenced")
-
-    def quarantined(self, turn: BeginTurn) -> None:
+    def quarantined(self, claim: Claim) -> None:
         """The store refused to give the turn to yet another replica."""
         self.counts["quarantined"] += 1
-        # This claim, and two that lost the turn before.
-        if self._tries[turn.conversation_id, turn.key] < 3:
-            raise Violation(f"{turn.key}: quarantined without two lost owners")
+        known = self.known[claim.turn.conversation_id]
+        known.claims.quarantined(claim, known.may_be_gone)
 
     def poisoned(self, call: TurnCall) -> None:
         """The turn has killed a replica."""

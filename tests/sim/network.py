@@ -21,8 +21,8 @@ class Network:
 
     loop: VirtualLoop
     random: random.Random
-    loss: float = 0.0
-    delay_s: float = 0.004
+    loss: float
+    delay_s: float
     store_is_up: bool = True
     clock_offset_s: float = 0.0
     trace: list[str] = field(default_factory=list)
@@ -49,6 +49,6 @@ class Network:
 
     def _delay(self) -> float:
         """Mostly short, sometimes long enough to be overtaken by much else."""
-        if self.random.random() < 0.02:
+        if self.random.random() < 0.06:
             return self.random.uniform(0.0, 0.4)
         return self.random.uniform(0.0, self.delay_s)

@@ -11,8 +11,7 @@ Not listed because nobody could notice them, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,7 +26,8 @@ from cluster.conversation import (
 )
 from cluster.store import Fenced, RolledBack, StoreError
 from deployments.turn_call import TurnCall, TurnDone, TurnRefused
-from tests.sim.replica import Host, Running, SimReplica
+from tests.sim.mutants import Mutant
+from tests.sim.replica import Running, SimReplica, done
 from tests.sim.toy import ToySlot, toy_token
 
 NOTHING: TokenIds = np.zeros(0, np.int32)
@@ -73,8 +73,8 @@ class KeepsDirtySlot(SimReplica):
 
     def _lose(self, running: Running, error: StoreError) -> None:
         super()._lose(running, error)
-        if running.slot.length <= running.ownership.conversation.token_count + 2:
-            self._slots[running.call.conversation_id] = running.slot
+        running.slot.length = running.ownership.conversation.token_count
+        self._slots[running.call.conversation_id] = running.slot
 
 
 class BelievesVoidReply(SimReplica):
@@ -180,36 +180,25 @@ class TakesRolledBackForLost(SimReplica):
 
 
 def _told(running: Running, head: str, reply: list[int]) -> TurnDone:
-    from tests.sim.replica import done
-
     return done(CommittedTurn(running.turn, head, np.array(reply, np.int32), {}))
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaMutant:
-    """`kinds` of faults that bring it out; `noisy`: which toys do (None: both)."""
-
-    make: Callable[[Host], SimReplica]
-    kinds: tuple[str, ...]
-    noisy: bool | None = None
-
-
-REPLICA_MUTANTS: dict[str, ReplicaMutant] = {
-    "shows before it stores": ReplicaMutant(ShowsBeforeStored, ("crash", "pause")),
-    "shows what was refused": ReplicaMutant(ShowsWhatWasRefused, ("pause",)),
-    "accepts a stale slot": ReplicaMutant(AcceptsStaleSlot, ("storm",), noisy=False),
-    "takes a slot for current": ReplicaMutant(TakesSlotForCurrent, ("calm", "pause"), noisy=False),
-    "keeps a dirty slot": ReplicaMutant(KeepsDirtySlot, ("pause", "calm"), noisy=False),
-    "believes a reply across a roll-back": ReplicaMutant(BelievesVoidReply, ("rollback",)),
-    "forgets the stored output": ReplicaMutant(ForgetsStoredOutput, ("crash",), noisy=True),
-    "draws a new seed at takeover": ReplicaMutant(NewSeedAtTakeover, ("crash",), noisy=False),
-    "never repairs": ReplicaMutant(NeverRepairs, ("rollback",)),
-    "repairs running turns only": ReplicaMutant(RepairsRunningOnly, ("rollback",)),
-    "repairs without the output": ReplicaMutant(RepairsWithoutOutput, ("rollback",)),
-    "repairs old replay ids": ReplicaMutant(RepairsWithoutAdvance, ("rollback",)),
-    "joins any turn": ReplicaMutant(JoinsAnyTurn, ("calm",)),
-    "joins without comparing requests": ReplicaMutant(JoinsWithoutLooking, ("calm",)),
-    "resumes against the client": ReplicaMutant(ResumesAgainstTheClient, ("storm",), noisy=True),
-    "acknowledges before the commit": ReplicaMutant(AcknowledgesBeforeCommit, ("crash", "pause")),
-    "gives up what was rolled back": ReplicaMutant(TakesRolledBackForLost, ("rollback",)),
+REPLICA_MUTANTS: dict[str, Mutant] = {
+    "shows before it stores": Mutant(("crash", "pause"), ShowsBeforeStored),
+    "shows what was refused": Mutant(("pause",), ShowsWhatWasRefused),
+    "accepts a stale slot": Mutant(("storm",), AcceptsStaleSlot, noisy=False, start=80),
+    "takes a slot for current": Mutant(("calm", "pause"), TakesSlotForCurrent, noisy=False),
+    "keeps a dirty slot": Mutant(("pause", "calm"), KeepsDirtySlot, noisy=False),
+    "believes a reply across a roll-back": Mutant(("rollback",), BelievesVoidReply, start=200),
+    "forgets the stored output": Mutant(("crash",), ForgetsStoredOutput, noisy=True),
+    "draws a new seed at takeover": Mutant(("crash",), NewSeedAtTakeover, noisy=False),
+    "never repairs": Mutant(("rollback",), NeverRepairs),
+    "repairs running turns only": Mutant(("rollback",), RepairsRunningOnly),
+    "repairs without the output": Mutant(("rollback",), RepairsWithoutOutput),
+    "repairs old replay ids": Mutant(("rollback",), RepairsWithoutAdvance),
+    "joins any turn": Mutant(("calm",), JoinsAnyTurn),
+    "joins without comparing requests": Mutant(("calm",), JoinsWithoutLooking),
+    "resumes against the client": Mutant(("storm",), ResumesAgainstTheClient, noisy=True),
+    "acknowledges before the commit": Mutant(("crash", "pause"), AcknowledgesBeforeCommit),
+    "gives up what was rolled back": Mutant(("rollback",), TakesRolledBackForLost),
 }

@@ -135,57 +135,68 @@ class WatchedStore:
         return getattr(self._inner, name)
 
     async def begin(self, turn: BeginTurn) -> Begun:
-        ticket = self._ledger.tried(turn)
+        claims = self._ledger.claims(turn.conversation_id)
+        claim = claims.sent(turn, self._network.loop.now_s)
+        what = f"begin {turn.key}{' by force' if turn.steal else ''}"
         try:
             begun = await self._inner.begin(turn)
         except StoreError as error:
-            self._note(f"begin {turn.key} steal={turn.steal} -> {type(error).__name__}")
+            self._note(f"{what} -> {type(error).__name__}")
+            claims.returned(claim, known=not isinstance(error, StoreUnavailable))
             if isinstance(error, Quarantined):
-                self._ledger.quarantined(turn)
-            if not isinstance(error, StoreUnavailable):
-                self._ledger.answered(turn, ticket)
+                self._ledger.quarantined(claim)
             raise
+        claims.returned(claim, known=True)
+        self._note(f"{what} -> {type(begun).__name__}")
         if isinstance(begun, Ownership):
             record = begun.conversation
             self._turns[turn.conversation_id, begun.fence.nonce] = (record.turn + 1, record.head)
-            self._ledger.begun(turn, begun, ticket)
-        self._ledger.answered(turn, ticket)
-        self._note(f"begin {turn.key} steal={turn.steal} -> {type(begun).__name__}")
+            self._ledger.granted(claim, begun, self._network.loop.now_s)
         return begun
 
     async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
+        sent_s = self._network.loop.now_s
         answers = await self._inner.checkpoint(batch)
         for checkpoint, answer in zip(batch, answers, strict=True):
-            if answer is None:
-                self._ledger.stored(checkpoint)
-            elif isinstance(answer, Fenced):
-                self._ledger.fenced(checkpoint.conversation_id, checkpoint.fence)
             outcome = "ok" if answer is None else type(answer).__name__
             end = checkpoint.k + len(checkpoint.token_ids)
             self._note(f"checkpoint {checkpoint.conversation_id[-4:]} ..{end} -> {outcome}")
+            if answer is None:
+                self._ledger.claims(checkpoint.conversation_id).stored(checkpoint, sent_s)
+            elif isinstance(answer, Fenced):
+                self._ledger.fenced(checkpoint.conversation_id, checkpoint.fence)
         return answers
 
     async def commit(self, commit: TurnCommit) -> Conversation:
         turn, before = self._turns[commit.conversation_id, commit.fence.nonce]
+        what = f"commit {commit.conversation_id[-4:]} turn {turn}"
         self._ledger.proposed(commit, turn, before)
         try:
             record = await self._inner.commit(commit)
-        except Fenced:
-            self._ledger.fenced(commit.conversation_id, commit.fence)
+        except StoreError as error:
+            self._note(f"{what} -> {type(error).__name__}")
+            if isinstance(error, Fenced):
+                self._ledger.fenced(commit.conversation_id, commit.fence)
             raise
-        self._note(f"commit {commit.conversation_id[-4:]} turn {turn} -> {record.turn}")
+        self._note(f"{what} -> ok")
         return record
+
+    async def abort(self, tenant: str, conversation_id: str, fence: Fence) -> None:
+        self._ledger.claims(conversation_id).ends(fence, aborts=True)
+        self._note(f"abort {conversation_id[-4:]}")
+        await self._inner.abort(tenant, conversation_id, fence)
 
     async def repair(self, snapshot: Snapshot) -> None:
         record = snapshot.conversation
-        what = f"repair {record.conversation_id[-4:]} turn {record.turn}"
+        of = f"turn {record.turn}{' and the running one' if snapshot.running else ''}"
+        what = f"repair {record.conversation_id[-4:]} {of}"
         try:
             await self._inner.repair(snapshot)
         except StoreError as error:
             self._note(f"{what} -> {type(error).__name__}")
             raise
         self._ledger.counts["repaired"] += 1
-        self._note(f"{what} running={snapshot.running is not None}")
+        self._note(f"{what} -> ok")
 
     def _note(self, what: str) -> None:
         self._network.note(self._who, what)

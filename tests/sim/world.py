@@ -10,41 +10,46 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from cluster.conversation import NewConversation
-from cluster.store import ConversationStore, NotFound, StoreError, StoreUnavailable
+from cluster.store import ConversationStore, NotFound, StoreUnavailable
 from tests.sim.backends import Backend
+from tests.sim.claims import Violation
 from tests.sim.client import Habits, Server, Surroundings, User
-from tests.sim.ledger import Ledger, Violation
+from tests.sim.ledger import Known, Ledger
 from tests.sim.network import Network
 from tests.sim.replica import REPLAY_WINDOWS, Host, SimReplica
 from tests.sim.toy import MODEL
 from tests.sim.virtual import Dice, Process, VirtualLoop, run_virtual
 from tests.sim.watched import WatchedStore
 
+T = TypeVar("T")
+
 FAULTS: dict[str, dict[str, float]] = {
     "calm": {},
     "crash": {"crash": 3},
-    "pause": {"pause": 3},
+    "pause": {"pause": 1, "pause_until_replaced": 2},
     "clock": {"forward": 2, "back": 1},
     "restart": {"restart": 2, "outage": 1},
-    "rollback": {"roll_back": 2, "restart": 1},
+    "rollback": {"roll_back": 1, "roll_back_a_moment": 3, "restart": 1},
     "churn": {"crash": 2, "pause": 2, "forward": 1, "back": 1, "restart": 1, "outage": 1},
     "storm": {
         "crash": 2,
         "pause": 2,
         "roll_back": 2,
-        "double": 2,
+        "roll_back_and_kill": 2,
+        "roll_back_and_strand": 2,
         "forward": 0.5,
         "outage": 0.5,
         "delete": 0.3,
     },
-    "delete": {"delete": 1, "crash": 1, "restart": 2, "expire": 0.3},
+    "delete": {"delete_and_restart": 2, "delete": 1, "crash": 1, "restart": 1, "expire": 0.3},
 }
 KINDS = tuple(FAULTS)
+KEEPS_LEASES = ("calm", "crash", "pause", "restart")
 LIFETIME_S = 900.0
 """Virtual seconds after which a run that has not ended is stuck."""
 
@@ -82,6 +87,12 @@ class Outcome:
     counts: Counter[str]
     trace: tuple[str, ...]
 
+    def report(self) -> str:
+        """What a person needs who has to find out why."""
+        last = "\n".join(self.trace[-80:])
+        again = f"python -m tests.sim {self.plan.seed} --trace"
+        return f"seed {self.plan.seed} ({self.plan.kind}): {self.problem}\n{last}\nagain: {again}"
+
 
 class World:
     """Of one plan. `run` raises Violation."""
@@ -91,12 +102,13 @@ class World:
     ) -> None:
         self.plan = plan
         self._loop = loop
-        self.ledger = Ledger(plan.noisy)
+        self.ledger = Ledger(plan.noisy, keeps_leases=plan.kind in KEEPS_LEASES)
         dice = Dice(plan.seed)
         self._dice = dice
         self._random = dice.stream("world")
         loss = self._random.choice((0.0, 0.01, 0.05))
-        self.network = Network(loop, dice.stream("network"), loss)
+        delay_s = self._random.choice((0.004, 0.004, 0.03, 0.15))
+        self.network = Network(loop, dice.stream("network"), loss, delay_s)
         self._backend = open_backend(self.network)
         self._make = make
         self._num_replicas = self._random.randrange(2, 5)
@@ -129,6 +141,7 @@ class World:
             for process in (*self._buried, *(server.process for server in self._servers)):
                 await process.bury()
             self._loop.failed.cancel()
+            self._backend.close()
 
     async def _story(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -190,7 +203,7 @@ class World:
             stale=draw.choice((0.0, 0.1)),
             # Who does not say what it expects could not be told of a loss, nor of another's turn.
             without_expectation=0.0 if users > 1 or self.plan.kind == "storm" else 0.3,
-            steals=draw.choice((0.0, 0.0, 0.2)),
+            steals=draw.choice((0.0, 0.2, 0.7)),
             lies=0.1 if self.plan.kind == "calm" else 0.0,
             poison=0.05 if poisonous and draw.random() < 0.5 else 0.0,
         )
@@ -202,45 +215,63 @@ class World:
         if not faults:
             return
         names, weights = list(faults), list(faults.values())
-        actions = {
-            "crash": self._crash,
-            "pause": self._pause,
-            "forward": self._clock_forward,
-            "back": self._clock_back,
-            "restart": self._restart,
-            "roll_back": self._roll_back,
-            "double": self._roll_back_and_kill,
-            "outage": self._outage,
-            "delete": self._delete,
-            "expire": self._expire,
-        }
-
         self._saved.append(self._backend.save())
         while self._loop.now_s < TORMENT_S:
             await asyncio.sleep(self._random.uniform(0.0, 1.0))
-            if "roll_back" in faults and self._random.random() < 0.6:
+            if "roll_back" in faults and self._random.random() < 0.5:
                 self._saved.append(self._backend.save())
                 await asyncio.sleep(self._random.uniform(0.0, 1.0))
             [name] = self._random.choices(names, weights)
             self.network.note("fault", name)
             self.ledger.counts[name] += 1
-            await actions[name]()
+            await getattr(self, f"_{name}")()
+
+    def _victim(self) -> Process:
+        """Mostly the replica that was given a turn last."""
+        live = [server.process for server in self._live_servers()]
+        busy = [process for process in live if process.name == self.ledger.last_owner]
+        if busy and self._random.random() < 0.7:
+            return busy[0]
+        return self._random.choice(live or [server.process for server in self._servers])
+
+    async def _wait_for(self, what: str, patience_s: float = 1.0) -> None:
+        """Until the ledger has counted one more of these; not for ever."""
+        count = self.ledger.counts[what]
+        for _ in range(round(patience_s / 0.01)):
+            if self.ledger.counts[what] != count:
+                return
+            await asyncio.sleep(0.01)
+
+    async def _busy_moment(self) -> None:
+        await self._wait_for("begun")
+        await asyncio.sleep(self._random.uniform(0.0, 0.4))
 
     async def _crash(self) -> None:
-        self._random.choice(self._servers).process.crash()
+        await self._busy_moment()
+        self._victim().crash()
         await asyncio.sleep(self._random.uniform(0.0, 0.5))
 
     async def _pause(self) -> None:
-        process = self._random.choice(self._servers).process
+        await self._busy_moment()
+        process = self._victim()
         process.pause()
         await asyncio.sleep(self._random.choice((0.3, 2.0, 5.0, 9.0)))
         process.resume()
 
-    async def _clock_forward(self) -> None:
+    async def _pause_until_replaced(self) -> None:
+        """Wake up in the midst of what the successor does."""
+        await self._busy_moment()
+        process = self._victim()
+        process.pause()
+        await self._wait_for("resumed", patience_s=8.0)
+        await asyncio.sleep(self._random.uniform(0.0, 0.3))
+        process.resume()
+
+    async def _forward(self) -> None:
         self.network.clock_offset_s += self._random.choice((1.0, 7.0, 60.0))
         self._backend.clock_moved()
 
-    async def _clock_back(self) -> None:
+    async def _back(self) -> None:
         self.network.clock_offset_s -= self._random.choice((0.01, 1.0, 7.0, 60.0))
 
     async def _restart(self) -> None:
@@ -256,14 +287,33 @@ class World:
         del self._saved[index + 1 :]
         await self._let_recover()
 
-    async def _roll_back_and_kill(self) -> None:
-        """A moment back, and nobody is left who knows better."""
+    async def _roll_back_a_moment(self) -> None:
+        """To what it was a fraction of a second ago, in the midst of a turn or of its commit."""
+        await self._wait_for("begun")
         saved = self._backend.save()
-        await asyncio.sleep(self._random.uniform(0.0, 0.3))
-        self.ledger.excuse_losses()
+        await self._wait_for("proposed" if self._random.random() < 0.5 else "shown")
+        await asyncio.sleep(self._random.uniform(0.0, 0.2))
+        if self.plan.kind == "storm":
+            self.ledger.excuse_losses()
         self._backend.restart(saved)
+        await self._let_recover()
+
+    async def _roll_back_and_kill(self) -> None:
+        """Nobody is left who knows better."""
+        await self._roll_back_a_moment()
         for server in self._servers:
             server.process.crash()
+
+    async def _roll_back_and_strand(self) -> None:
+        """Who knows better wakes up when it is too late."""
+        await self._roll_back_a_moment()
+        live = [server.process for server in self._live_servers()]
+        stranded = [process for process in live if process.name == self.ledger.last_owner]
+        for process in stranded:
+            process.pause()
+        await asyncio.sleep(self._random.uniform(3.0, 8.0))
+        for process in stranded:
+            process.resume()
 
     async def _let_recover(self) -> None:
         """Where one fault at a time is the point, the next one waits for the end of this one."""
@@ -288,6 +338,12 @@ class World:
             except NotFound:
                 return
 
+    async def _delete_and_restart(self) -> None:
+        """What was deleted is not to be repaired."""
+        await self._delete()
+        await asyncio.sleep(self._random.uniform(0.0, 1.0))
+        self._backend.restart(None)
+
     async def _expire(self) -> None:
         """More time than a conversation is kept for."""
         for known in self.ledger.known.values():
@@ -302,6 +358,7 @@ class World:
             dead = [server for server in self._servers if server.process.died.is_set()]
             for server in dead:
                 self._servers.remove(server)
+                self.ledger.died(server.process.name)
                 self._buried.append(server.process)
                 self._add_replica()
 
@@ -321,30 +378,37 @@ class World:
                 await user.say()
         await asyncio.sleep(SETTLE_S)
         for known in self.ledger.known.values():
-            new = known.new
-            await self._check_isolation(new)
-            try:
-                record = await self._store.get(new.tenant, new.conversation_id)
-            except NotFound:
-                if not known.deleted and not known.may_be_gone:
-                    raise Violation(f"{new.conversation_id} is gone") from None
-                continue
-            if known.deleted and self.plan.kind != "storm":
-                raise Violation(f"{new.conversation_id} was deleted, and is back")
-            transcript = await self._store.transcript(new.tenant, new.conversation_id, 1000)
+            await self._judge(known)
+
+    async def _judge(self, known: Known) -> None:
+        tenant, conversation_id = known.new.tenant, known.new.conversation_id
+        stranger = "bob" if tenant == "ann" else "ann"
+        store = self._store
+        for foreign in (store.get, store.transcript, store.delete):
+            # A foreign id looks like a missing one.
+            if await self._found(lambda call=foreign: call(stranger, conversation_id)) is not None:
+                raise Violation("a stranger got an answer")
+        record = await self._found(lambda: store.get(tenant, conversation_id))
+        if record is None:
+            if not known.deleted and not known.may_be_gone:
+                raise Violation(f"{conversation_id} is gone")
+            return
+        if known.deleted and self.plan.kind != "storm":
+            raise Violation(f"{conversation_id} was deleted, and is back")
+        transcript = await self._found(lambda: store.transcript(tenant, conversation_id, 1000))
+        if transcript is not None:
             self.ledger.verify(record, (transcript[0], list(transcript[1])))
 
-    async def _check_isolation(self, new: NewConversation) -> None:
-        """A foreign id looks like a missing one."""
-        stranger = "bob" if new.tenant == "ann" else "ann"
-        for call in (self._store.get, self._store.transcript, self._store.delete):
+    @staticmethod
+    async def _found(call: Callable[[], Awaitable[T]]) -> T | None:
+        """The answer, None for NotFound."""
+        while True:
             try:
-                await call(stranger, new.conversation_id)
+                return await call()
             except NotFound:
-                continue
-            except StoreError as error:
-                raise Violation(f"a stranger was told {error!r}") from error
-            raise Violation("a stranger got an answer")
+                return None
+            except StoreUnavailable:
+                await asyncio.sleep(0.2)
 
 
 def simulate(plan: Plan, open_backend: OpenBackend, make: MakeReplica = SimReplica) -> Outcome:

@@ -1,0 +1,174 @@
+"""Who claimed a conversation's turns, in what order, and what follows from that.
+
+Claims overtake each other on their way to the store, and answers get lost: what is concluded here is
+concluded only where the order is certain. A *run* of a turn is everything from a `begin` that was
+given a new turn to its end, whoever goes on with it; all who show tokens of one run show the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.conversation import BeginTurn, Checkpoint, Fence, Ownership
+
+
+class Violation(Exception):
+    """A promise was broken."""
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """Tokens by number: what the store has acknowledged, what clients were shown."""
+
+    stored: list[int] = field(default_factory=list)
+    shown: dict[int, int] = field(default_factory=dict)
+    may_end: bool = False
+    """Something was sent that may have ended it, so that its key may begin anew."""
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """One `begin`. `overlapped` when another one was under way at the same time."""
+
+    number: int
+    turn: BeginTurn
+    sent_s: float
+    overlapped: bool
+    known: bool = False
+    run: Run | None = None
+    fence: Fence | None = None
+    lease_s: float = 0.0
+
+
+class Claims:
+    """Of one conversation. `keeps_leases`: no clock jumps, no roll-back."""
+
+    def __init__(self, keeps_leases: bool) -> None:
+        self._keeps_leases = keeps_leases
+        self._all: list[Claim] = []
+        self._under_way: list[Claim] = []
+        self._tries: dict[str, int] = {}
+        self._runs: dict[str, tuple[Run, Claim]] = {}
+        self._epochs: dict[int, str] = {}
+        self._holder: Claim | None = None
+
+    def sent(self, turn: BeginTurn, now_s: float) -> Claim:
+        claim = Claim(len(self._all), turn, now_s, bool(self._under_way))
+        for other in self._under_way:
+            other.overlapped = True
+        self._all.append(claim)
+        self._under_way.append(claim)
+        self._tries[turn.key] = self._tries.get(turn.key, 0) + 1
+        for key, (run, _) in self._runs.items():
+            run.may_end |= key != turn.key
+        return claim
+
+    def returned(self, claim: Claim, known: bool) -> None:
+        """With an answer (`known`) or without."""
+        claim.known = known
+        self._under_way.remove(claim)
+
+    def died(self, replica: str) -> None:
+        """Its claims are on their way no more."""
+        self._under_way = [claim for claim in self._under_way if claim.turn.replica != replica]
+
+    def granted(self, claim: Claim, ownership: Ownership, now_s: float, may_lack: bool) -> None:
+        """The store gave it the turn. `may_lack`: the store may have lost what it acknowledged."""
+        turn, fence = claim.turn, ownership.fence
+        if self._epochs.setdefault(fence.epoch, fence.nonce) != fence.nonce:
+            raise Violation(f"{turn.key}: epoch {fence.epoch} was given out twice")
+        self._check_lease(claim, ownership, now_s)
+        claim.run, claim.fence = self._run_of(claim, ownership, may_lack), fence
+        claim.lease_s = claim.sent_s + turn.lease_s
+        stored, resumed = claim.run.stored, ownership.output_ids.tolist()
+        if resumed[: len(stored)] != (stored[: len(resumed)] if may_lack else stored):
+            raise Violation(f"{turn.key}: resumed with {resumed}, stored were {stored}")
+        stored.extend(resumed[len(stored) :])
+
+    def stored(self, checkpoint: Checkpoint, sent_s: float) -> None:
+        """The store has acknowledged these tokens, sent at this time."""
+        claim, tokens = self.by_fence(checkpoint.fence), checkpoint.token_ids.tolist()
+        if tokens and claim is self._all[-1]:
+            self._tries[claim.turn.key] = 0
+        # The store writes a lease anew once a quarter of it is used up.
+        if claim.lease_s >= 0.0:
+            claim.lease_s = max(claim.lease_s, sent_s + 0.75 * checkpoint.lease_s)
+        stored = self.run_of(claim).stored
+        known = stored[checkpoint.k : checkpoint.k + len(tokens)]
+        if checkpoint.k > len(stored) or known != tokens[: len(known)]:
+            raise Violation(f"{claim.turn.key}: {tokens} at {checkpoint.k} of {stored}")
+        stored.extend(tokens[len(known) :])
+
+    def ends(self, fence: Fence, aborts: bool) -> None:
+        """A commit or an abort is about to be sent."""
+        claim = self.by_fence(fence)
+        # An answer that comes late says nothing about its lease any more.
+        claim.lease_s = -1.0
+        if aborts:
+            self.run_of(claim).may_end = True
+
+    def fenced(self, fence: Fence) -> None:
+        """The store has called this fence an old one: there must have been a later claim."""
+        claim = self.by_fence(fence)
+        if not claim.overlapped and claim is self._all[-1]:
+            raise Violation(f"{claim.turn.key}: the latest claim of all was fenced")
+
+    def quarantined(self, claim: Claim, may_lack: bool) -> None:
+        """Refused, as the turn had lost too many owners: it, and one before that stored no token."""
+        if self._holder is not None:
+            self._holder.lease_s = -1.0
+        if self._tries[claim.turn.key] < 2 and not may_lack:
+            raise Violation(f"{claim.turn.key}: quarantined without two lost owners in a row")
+
+    def shown(self, replica: str, key: str, k: int, tokens: tuple[int, ...]) -> None:
+        """`replica` has shown a client tokens `k`, `k` + 1, ... of the turn."""
+        owned = [c for c in self._all if c.run and (c.turn.replica, c.turn.key) == (replica, key)]
+        if not owned:
+            raise Violation(f"{replica} streams {key}, which it never was given")
+        run = self.run_of(owned[-1])
+        for place, token in enumerate(tokens, k):
+            if run.shown.setdefault(place, token) != token:
+                was = run.shown[place]
+                raise Violation(f"{key}: token {place} is {token}, but was shown as {was}")
+            if run.stored[place : place + 1] != [token]:
+                raise Violation(f"{key}: token {place} was shown before it was stored")
+
+    def by_fence(self, fence: Fence) -> Claim:
+        return next(claim for claim in self._all if claim.fence == fence)
+
+    @staticmethod
+    def run_of(claim: Claim) -> Run:
+        if claim.run is None:
+            raise LookupError(f"claim {claim.number} was given nothing")
+        return claim.run
+
+    def _check_lease(self, claim: Claim, ownership: Ownership, now_s: float) -> None:
+        holder = self._holder
+        if holder is not None and claim.number < holder.number:
+            return
+        self._holder = claim
+        certain = holder is not None and not (holder.overlapped or claim.overlapped)
+        if holder is None or not certain or not self._keeps_leases or ownership.resumed:
+            return
+        if now_s < holder.lease_s:
+            raise Violation(f"{claim.turn.key}: begun while {holder.turn.key} was running")
+
+    def _run_of(self, claim: Claim, ownership: Ownership, may_lack: bool) -> Run:
+        """The run that this claim goes on with, or a new one."""
+        key = claim.turn.key
+        run, began = self._runs.get(key, (None, claim))
+        if run is not None and ownership.resumed and not self._may_hide_a_run(began, claim):
+            return run
+        late = claim.number < began.number
+        lost = run is not None and run.shown and not run.may_end
+        if lost and not (ownership.resumed or late or may_lack):
+            raise Violation(f"{key}: begun anew, although some of it was shown")
+        fresh = Run()
+        if not late:
+            self._runs[key] = (fresh, claim)
+        return fresh
+
+    def _may_hide_a_run(self, began: Claim, claim: Claim) -> bool:
+        """Whether a claim without an answer may have begun the turn anew since."""
+        since = self._all[began.number + 1 :]
+        return any(not other.known for other in since if other is not claim)
