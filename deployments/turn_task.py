@@ -234,8 +234,14 @@ class OwnedTurn:
 
     async def repair(self) -> None:
         """Raises StoreError."""
+        claim, lease_s = self._claim, self._host.tunables().lease_s
         stored = self._lane.token_ids[: self._lane.num_stored]
-        await self._host.watch.repair_running(self._claim, stored, self._host.tunables().lease_s)
+        try:
+            await self._host.watch.repair_running(claim, stored, lease_s)
+        except Fenced:
+            # Newer than what was put back: perhaps by a checkpoint of ours that is under way.
+            call, fence = claim.call, claim.ownership.fence
+            await self._host.parts.store.renew(call.tenant, call.conversation_id, fence, lease_s)
 
     def _submit(self, request: TurnRequest) -> None:
         # Another replica may have room for a turn that somebody has seen already.

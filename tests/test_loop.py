@@ -23,7 +23,16 @@ from engine.protocol import (
     TurnFailed,
 )
 from engine.sampling import SamplingParams
-from engine.toy_engine import END_OF_TURN, EOS, ToyEngine, ToyText, byte_spec, toy_reply
+from engine.toy_engine import (
+    BYTE_VOCAB,
+    END_OF_TURN,
+    EOS,
+    NoisyToyEngine,
+    ToyEngine,
+    ToyText,
+    byte_spec,
+    toy_reply,
+)
 from engine.turn import (
     Prefill,
     Segment,
@@ -301,6 +310,128 @@ def test_a_cut_reply_rewinds_the_slot(start: Make) -> None:
         (resident,) = client.loop.stats().residents
         assert resident.length == context + 9 + min(len(output) - 1, 4)
     assert client.converse().recovery == "none"
+
+
+# Going on where another engine stopped.
+
+
+def resumed(client: Client, request: TurnRequest, output: list[int]) -> TurnRequest:
+    """The same turn after `output` was sampled for it elsewhere."""
+    log, ids = client.log, np.array([*client.input_ids.tolist(), *output], np.int32)
+
+    def prefill(resident_length: int | None) -> Prefill:
+        plan = plan_restore(log, ids, resident_length)
+        segments = tuple(Segment(one.start, one.tokens) for one in plan.segments)
+        return Prefill(segments, plan.window_start, plan.recovery)
+
+    return replace(request, prefill=prefill, output_ids=np.array(output, np.int32))
+
+
+def sampled_after(events: list[TurnEvent], k: int) -> list[int]:
+    sampled = [event for event in events if isinstance(event, TokenSampled)]
+    assert [event.k for event in sampled] == list(range(k, k + len(sampled)))
+    return [event.token_id for event in sampled]
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_turn_cut_anywhere_goes_on_as_if_it_had_not_been(start: Make, noisy: bool) -> None:
+    """With every penalty, a seed, and a conversation longer than its window."""
+    text = ToyText(words=tuple(b"abcdef "), stop_period=0)
+    params = SamplingParams(
+        seed=5, temperature=1.0, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.9
+    )
+
+    def engine() -> ToyEngine:
+        return NoisyToyEngine("a", SPEC, 2, text) if noisy else ToyEngine(SPEC, 2, text)
+
+    before = list(range(97, 97 + 70))
+    whole = Client(start(engine()), "a", tokens=list(before))
+    request = replace(whole.request(num_input=9, max_tokens=40), sampling=params)
+    whole.submit(request)
+    due = sampled_after(whole.finish(), 0)
+    assert len(due) == 40
+    plain = replace(request, sampling=SamplingParams(seed=5), conversation_id="b")
+    whole.submit(plain)
+    # The penalties have something to say here.
+    assert sampled_after(whole.finish(), 0) != due
+    for k in range(1, 40):
+        heir = Client(start(engine()), "a", tokens=list(before))
+        heir.request(num_input=9, max_tokens=40)
+        heir.submit(resumed(heir, request, due[:k]))
+        events = heir.finish()
+        assert sampled_after(events, k) == due[k:], k
+        ended = events[-1]
+        assert isinstance(ended, TurnEnded)
+        assert (ended.reason, ended.cached_length) == ("length", 70 + 9 + 39)
+        assert ended.timings.keys() == {"queue_s", "prefill_s", "ttft_s", "decode_s"}
+        heir.commit(due, closing=(10, 11))
+        assert heir.loop.stats().clean_slots == 1
+
+
+def test_a_resumed_turn_that_is_discarded_takes_its_slot_back_to_where_it_began(
+    start: Make,
+) -> None:
+    client = Client(start(), "a")
+    client.converse()
+    request = client.request(num_input=3, max_tokens=9)
+    due = client.expected(9)
+    client.submit(resumed(client, request, due[:4]))
+    started = client.finish()[0]
+    # The slot was resident: only what it lacks is run, the output so far included.
+    assert started == TurnStarted("none", 15, 3 + 3 + 4)
+    client.loop.discard("a")
+    # All that is committed, and nothing else, is still there.
+    assert client.converse(num_input=3) == TurnStarted("none", 18, 3)
+
+
+@pytest.mark.parametrize("output", [[1] * 7, [1] * 8, [-1], [BYTE_VOCAB]])
+def test_output_that_leaves_nothing_to_sample_or_is_no_output_is_refused(
+    start: Make, output: list[int]
+) -> None:
+    client = Client(start(), "a")
+    request = client.request(max_tokens=7)
+    if len(output) >= 7:
+        with pytest.raises(ValueError, match="more than there are output_ids"):
+            client.submit(resumed(client, request, output))
+    else:
+        client.submit(resumed(client, request, output))
+        assert isinstance(client.finish()[-1], TurnError)
+    client.converse()
+
+
+def test_output_that_is_not_prefilled_fails_its_turn(start: Make) -> None:
+    client = Client(start(), "a")
+    request = client.request(max_tokens=7)
+    client.submit(replace(request, output_ids=np.array([1], np.int32)))
+    error = client.finish()[-1]
+    assert isinstance(error, TurnError)
+    assert "what there is to run at 10" in error.message
+
+
+def test_the_owner_is_woken_once_a_step(start: Make) -> None:
+    engine = SteppedToy()
+    loop = start(engine)
+    clients = [Client(loop, name) for name in "abc"]
+    wakes: list[int] = []
+    loop.notify(lambda: wakes.append(sum(client.events.qsize() for client in clients)))
+    for client in clients:
+        client.submit(client.request(num_input=4, max_tokens=3))
+        if client is clients[0]:
+            engine.wait_for_step()
+    engine.run_freely()
+    for client in clients:
+        events = [client.next_event() for _ in range(5)]
+        assert isinstance(events[-1], TurnEnded)
+    # All events of a step had come when it was told of them, and no step was told of twice.
+    assert len(wakes) <= 2 * len(engine.plans)
+    loop.notify(raise_wake)
+    for client in clients:
+        client.loop.discard(client.name)
+    clients[0].converse()
+
+
+def raise_wake() -> None:
+    raise RuntimeError("nobody listens")
 
 
 # Ends.
