@@ -66,7 +66,7 @@ class Limits(_Strict):
 
 class SamplingDefaults(_Strict):
     """Sampling of requests that do not say otherwise. Names and meanings as in the OpenAI API, plus
-    top_k, min_p and repetition_penalty as in Hugging Face's generation config."""
+    top_k, min_p and repetition_penalty as in Hugging Face's generation config and dry_* as in llama.cpp."""
 
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -75,6 +75,9 @@ class SamplingDefaults(_Strict):
     repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    dry_multiplier: float = Field(default=0.0, ge=0, le=5, description="0 lets text repeat.")
+    dry_base: float = Field(default=1.75, ge=1, le=4)
+    dry_allowed_length: int = Field(default=2, ge=1, le=64, description="Tokens.")
 
     def params(self) -> SamplingParams:
         """The same as the engine's parameters, with no seed."""

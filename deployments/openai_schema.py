@@ -63,6 +63,7 @@ _LABELS = ("user", "safety_identifier", "prompt_cache_key")
 _READ = frozenset(
     {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens"}
     | {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"}
+    | {"dry_multiplier", "dry_base", "dry_allowed_length"}
     | {"frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "seed", "stop", "ignore_eos"}
     | {"metadata", "conversation", "expect_turn"}
     | {"idempotency_key", "last_event_id", "on_disconnect"}

@@ -4,7 +4,9 @@ Order of operations, each on what the one before left:
 
     1. penalties over `history`, all retained tokens of the conversation: repetition (CTRL,
        arXiv 1909.05858: positive logits divided, negative ones multiplied), then
-       frequency * count and presence (OpenAI) subtracted
+       frequency * count and presence (OpenAI) subtracted; then DRY ("don't repeat yourself", as
+       llama.cpp and others have it): where the reply's last n >= dry_allowed_length tokens stood
+       before, the token that came next there loses dry_multiplier * dry_base ** (n - allowed)
     2. logit_bias added
     3. temperature divides; below `GREEDY_BELOW` the highest logit is taken and 4-6 do not matter
     4. top-k keeps the k most likely tokens
@@ -42,6 +44,7 @@ MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks; OpenAI's value."""
 
 _GROUPS = 1024
+_LONGEST_REPEAT = 32
 _LIKELY = 1e-3
 
 
@@ -49,7 +52,7 @@ _LIKELY = 1e-3
 class SamplingParams:
     """How to draw tokens. `temperature` 0 is greedy; `seed` keys Philox (64 bits).
 
-    `top_k` 0, `top_p` 1 and `min_p` 0 keep every token. `logit_bias` is (token id, bias) pairs.
+    `top_k` 0, `top_p` 1 and `min_p` 0 keep every token; `dry_multiplier` 0 lets text repeat. `logit_bias` is (token id, bias) pairs.
     Raises ValueError, its message starting with the field's name, for a value out of range.
     """
 
@@ -60,6 +63,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
     seed: int = 0
     logprobs: bool = False
     top_logprobs: int = 0
@@ -74,6 +80,9 @@ class SamplingParams:
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "0.01 to 100"),
             ("presence_penalty", abs(self.presence_penalty) <= 100.0, "-100 to 100"),
             ("frequency_penalty", abs(self.frequency_penalty) <= 100.0, "-100 to 100"),
+            ("dry_multiplier", 0.0 <= self.dry_multiplier <= 100.0, "0 to 100"),
+            ("dry_base", 1.0 <= self.dry_base <= 10.0, "1 to 10"),
+            ("dry_allowed_length", 1 <= self.dry_allowed_length <= 1024, "1 to 1024"),
             ("seed", 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             ("top_logprobs", 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "0 to 20"),
             (
@@ -97,6 +106,7 @@ class SamplingParams:
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
+            or self.dry_multiplier != 0.0
             or bool(self.logit_bias)
         )
 
@@ -137,7 +147,7 @@ def _sample(raw: Floats, request: SampleRequest) -> Sampled:
         return Sampled(None, failed="the model's logits are not finite")
     if any(token >= len(raw) for token, _ in params.logit_bias):
         return Sampled(None, failed="logit_bias names a token id outside the vocabulary")
-    scores = _adjust(raw, params, request.history) if params.changes_logits else raw
+    scores = _adjust(raw, request) if params.changes_logits else raw
     if params.greedy:
         token = likeliest if scores is raw else int(scores.argmax())
     else:
@@ -147,8 +157,9 @@ def _sample(raw: Floats, request: SampleRequest) -> Sampled:
     return _with_logprobs(raw, token, params.top_logprobs)
 
 
-def _adjust(raw: Floats, params: SamplingParams, history: npt.NDArray[np.int32]) -> Floats:
+def _adjust(raw: Floats, request: SampleRequest) -> Floats:
     """Steps 1 and 2. A token that occurs twice gets the same new value written twice."""
+    params, history = request.params, request.history
     scores = raw.copy()
     if len(history):
         seen = scores[history]
@@ -159,9 +170,35 @@ def _adjust(raw: Floats, params: SamplingParams, history: npt.NDArray[np.int32])
             counts = np.bincount(history)[history].astype(np.float32)
             seen = seen - np.float32(params.frequency_penalty) * counts
         scores[history] = seen - np.float32(params.presence_penalty)
+    if params.dry_multiplier != 0.0:
+        tokens, lengths = repeats(history, request.k, params.dry_allowed_length)
+        excess = (lengths - params.dry_allowed_length).astype(np.float32)
+        # Shortest first: of a token that occurs several times the longest repeat counts.
+        scores[tokens] -= np.float32(params.dry_multiplier) * np.float32(params.dry_base) ** excess
     for token, bias in params.logit_bias:
         scores[token] += np.float32(bias)
     return scores
+
+
+def repeats(history: npt.NDArray[np.int32], k: int, least: int) -> tuple[Ids, Ids]:
+    """Where the last `least` or more tokens of the reply, the last `k` of `history`, stood before: the
+    tokens that came next there, and how many before each agree (at most 32), shortest first.
+
+    A repeat does not reach back beyond the reply: what a template puts between turns is no repetition.
+    """
+    longest = min(k, max(least, _LONGEST_REPEAT), len(history) - 1)
+    ends = np.flatnonzero(history[:-1] == history[-1]) if longest >= least else np.zeros(0, np.intp)
+    lengths = np.ones(len(ends), np.intp)
+    alive = np.arange(len(ends))
+    for back in range(1, longest):
+        at = ends[alive] - back
+        alive = alive[(at >= 0) & (history[at] == history[-1 - back])]
+        if not len(alive):
+            break
+        lengths[alive] += 1
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] >= least]
+    return history[ends[order] + 1].astype(np.intp), lengths[order]
 
 
 def _draw(scores: Floats, params: SamplingParams, u: float) -> int:

@@ -38,7 +38,7 @@ def draw(logits: object, params: SamplingParams, history: list[int] | None = Non
 
 
 def reference(
-    logits: npt.NDArray[np.float32], params: SamplingParams, history: list[int]
+    logits: npt.NDArray[np.float32], params: SamplingParams, history: list[int], k: int = 0
 ) -> npt.NDArray[np.float64]:
     """The probabilities a draw must follow: float64, one token at a time, a full sort."""
     scores = logits.astype(np.float64)
@@ -49,6 +49,10 @@ def reference(
             scores[token] *= params.repetition_penalty
         scores[token] -= params.frequency_penalty * history.count(token)
         scores[token] -= params.presence_penalty
+    for token, length in longest_repeats(history, k).items():
+        if length >= params.dry_allowed_length:
+            excess = length - params.dry_allowed_length
+            scores[token] -= params.dry_multiplier * params.dry_base**excess
     for token, bias in params.logit_bias:
         scores[token] += bias
     order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
@@ -70,6 +74,17 @@ def reference(
         probabilities[token] = math.exp(scores[token] - scores[kept[0]])
     normalised: npt.NDArray[np.float64] = probabilities / probabilities.sum()
     return normalised
+
+
+def longest_repeats(history: list[int], k: int) -> dict[int, int]:
+    """For each token: the most tokens (at most 32) of the end of the reply, the last `k` of `history`,
+    that stood somewhere before it."""
+    found: dict[int, int] = {}
+    for at in range(1, len(history)):
+        for length in range(1, min(at, k, 32) + 1):
+            if history[at - length : at] == history[len(history) - length :]:
+                found[history[at]] = max(found.get(history[at], 0), length)
+    return found
 
 
 # The random numbers.
@@ -170,10 +185,23 @@ def cases(
         repetition_penalty=draw_(st.sampled_from([1.0, 1.3, 0.8])),
         frequency_penalty=draw_(st.sampled_from([0.0, 0.7])),
         presence_penalty=draw_(st.sampled_from([0.0, -0.9])),
+        dry_multiplier=draw_(st.sampled_from([0.0, 0.8])),
+        dry_base=draw_(st.sampled_from([1.0, 1.75])),
+        dry_allowed_length=draw_(st.integers(1, 4)),
         seed=draw_(st.integers(0, 2**64 - 1)),
     )
-    history = [int(token) for token in rng.integers(0, vocab, size=draw_(st.integers(0, 40)))]
-    return logits, params, history, draw_(st.integers(0, 1000))
+    words = draw_(st.sampled_from([vocab, min(vocab, 2)]))
+    history = [int(token) for token in rng.integers(0, words, size=draw_(st.integers(0, 60)))]
+    return logits, params, history, draw_(st.integers(0, len(history)))
+
+
+def test_dry_breaks_a_loop_and_spares_what_only_the_template_repeats() -> None:
+    params = SamplingParams(temperature=0.0, dry_multiplier=2.0, dry_allowed_length=2)
+    logits = np.array([[0.0, 0.0, 5.0, 4.5]], np.float32)
+    history = [0, 1, 2, 0, 1]
+    for k, token in ((2, 3), (1, 2), (0, 2)):
+        (sampled,) = sample_rows(logits, [request(params, history, k=k)])
+        assert sampled.token_id == token
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -184,7 +212,7 @@ def test_a_draw_is_the_inverse_cdf_of_the_reference(
     logits, params, history, k = case
     (sampled,) = sample_rows(logits[None], [request(params, history, k=k)])
     assert sampled.token_id is not None
-    probabilities = reference(logits, params, history)
+    probabilities = reference(logits, params, history, k)
     assert probabilities[sampled.token_id] > 0
     if params.temperature > 0:
         upto = probabilities[: sampled.token_id + 1].sum()
@@ -363,6 +391,10 @@ def test_logprobs_only_if_asked_for_and_never_infinite() -> None:
         ("repetition_penalty", NAN),
         ("presence_penalty", INF),
         ("frequency_penalty", NAN),
+        ("dry_multiplier", -0.1),
+        ("dry_base", 0.9),
+        ("dry_base", NAN),
+        ("dry_allowed_length", 0),
         ("seed", -1),
         ("seed", 2**64),
         ("top_logprobs", 21),
