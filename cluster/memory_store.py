@@ -192,8 +192,10 @@ class MemoryStore:
             raise Fenced(last.conversation_id)
         if known is None or known.rank() < record.rank():
             self._records[last.conversation_id] = record
-            if record.turn:
-                self._index(record)
+        # The indexes may have gone back farther than the record.
+        stored = self._records[last.conversation_id]
+        if stored.turn:
+            self._index(stored)
 
     async def rebase(self, rebase: Rebase) -> Conversation:
         record = self._owned(rebase.tenant, rebase.conversation_id)

@@ -289,6 +289,7 @@ class Model:
     def repaired(self, identifier: str, given: Life, first_message: int) -> None:
         known = self.world.lives.get(identifier)
         if known and known.rank() >= given.rank():
+            self.indexed(known)
             return
         life = copy.deepcopy(given)
         if known:
