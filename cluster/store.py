@@ -133,9 +133,9 @@ class StoreLimits:
     4 * (S + replay_windows * R + input_tokens + output_tokens)       replay, running turn
       + metadata_bytes + results_bytes + 3 KiB                        the rest
 
-    bytes: 93 KiB at capacity 2048 with 4 windows, which the server keeps in less than 100 KiB. (A window
-    too small to hold a reply adds 4 * output_tokens for the newest one, but then the replay ids take
-    less than that.) The transcript has its own limits. A conversation is forgotten `ttl_s` after its
+    bytes: 95 KiB at capacity 2048 with 4 windows and S of at least 4, which no allocator rounds up to
+    more than 100 KiB. (Replay windows too small to hold a reply add 4 * output_tokens for the newest
+    one, but then the replay ids take less than that.) The transcript has its own limits. A conversation is forgotten `ttl_s` after its
     last turn; an older result when `results_bytes` are full or its reply leaves the replay ids.
     """
 
