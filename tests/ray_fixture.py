@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -148,22 +149,16 @@ class RayService:
                 raise AssertionError(f"not so after {within_s} s: {check}")
             time.sleep(0.1)
 
-    def actors(self) -> dict[str, Any]:
-        """Actor handles of the running replicas, by name."""
-        import ray
-
-        found = {}
-        for actor in ray.util.list_named_actors(all_namespaces=True):
-            parts = actor["name"].split("#")
-            if "SinkReplica" in parts and parts[0] == "SERVE_REPLICA::" + APPLICATION:
-                found[parts[-1]] = ray.get_actor(actor["name"], namespace=actor["namespace"])
-        return found
-
     def kill(self, replica: str) -> None:
-        """SIGKILL, in effect: no chance to say goodbye."""
-        import ray
+        """SIGKILL: no chance to say goodbye."""
+        from ray._private import state
 
-        ray.kill(self.actors()[replica], no_restart=False)
+        for actor in state.actors().values():
+            name = actor["Name"].split("#")
+            if name[0] == "SERVE_REPLICA::" + APPLICATION and name[-1] == replica:
+                os.kill(actor["Pid"], signal.SIGKILL)
+                return
+        raise AssertionError(f"no replica {replica}")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -200,7 +199,7 @@ def test_a_client_that_leaves_cancels_its_turn(
     # By itself this turn would go on for many seconds and be committed.
     endless = body("count", id_of(first), stream=True, max_tokens=4096, ignore_eos=True)
     with client.stream("POST", PATH, json=endless) as response:
-        assert next(response.iter_lines()).startswith("data:")
+        assert next(response.iter_lines()).startswith("id:")
     toy_service.wait(lambda: cancelled() == before + 1)
     after = record(toy_service, id_of(first))
     assert (after.turn, after.running) == (1, False)
@@ -217,7 +216,7 @@ def test_a_busy_conversation_is_refused_not_copied(
     with client.stream("POST", PATH, json=endless) as response:
         # Dropping this iterator would close the stream.
         lines = response.iter_lines()
-        assert next(lines).startswith("data:")
+        assert next(lines).startswith("id:")
         refused = client.post(PATH, json=body("me too", conversation_id))
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conversation_busy")
         assert next(line for line in lines if line).startswith("data:")
@@ -281,23 +280,6 @@ def test_a_killed_replicas_conversations_go_on_elsewhere(
     assert replies == undisturbed
     assert recoveries == ["none", "none", "exact", "none", "none", "none"]
     assert record(toy_service, conversation_id).owner not in killed
-    toy_service.wait(lambda: len(toy_service.replicas()) == 2)
-
-
-def test_a_replica_killed_in_mid_turn_ends_the_stream_with_an_error(
-    toy_service: RayService, client: httpx.Client, undisturbed: list[str]
-) -> None:
-    conversation_id = id_of(ask(client, QUESTIONS[0]))
-    endless = body("count", conversation_id, stream=True, max_tokens=4096, ignore_eos=True)
-    with client.stream("POST", PATH, json=endless) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data:")
-        toy_service.kill(record(toy_service, conversation_id).owner)
-        *_, last = [line for line in lines if line]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
-    # Nothing was committed; the dead replica's claim ends with its lease.
-    toy_service.wait(lambda: not record(toy_service, conversation_id).running)
-    assert text_of(ask(client, QUESTIONS[1], conversation_id)) == undisturbed[1]
     toy_service.wait(lambda: len(toy_service.replicas()) == 2)
 
 
