@@ -155,7 +155,8 @@ class Bench:
 
     def step(self, rows: list[Part], qkv: Floats) -> Floats:
         (out,) = self.kernel(*self.inputs(rows, qkv))
-        return np.asarray(out, np.float32)
+        result: Floats = np.asarray(out, np.float32)
+        return result
 
     def error(
         self,

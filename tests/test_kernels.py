@@ -16,7 +16,7 @@ import pytest
 
 from engine.kernels import compile as compiling
 from engine.kernels.compile import KernelError, kernel_library
-from engine_build.quantize import BLOCK, dequantise, quantise
+from engine_build.quantize import dequantise, quantise
 from tests.kernel_models import Array, Kernel, run_kernel
 
 Floats = npt.NDArray[np.float32]
@@ -28,14 +28,14 @@ def draw(*shape: int) -> Floats:
 
 
 def rounded(x: Floats) -> npt.NDArray[np.float64]:
-    """Activations as the operator sees them: 8 bits per block."""
+    """Activations as the operator sees them: 8 bits, a scale for every 32."""
     tokens, width = x.shape
-    blocks = -(-width // BLOCK)
-    grouped = np.pad(x, ((0, 0), (0, blocks * BLOCK - width))).reshape(tokens, blocks, BLOCK)
+    halves = -(-width // 32)
+    grouped = np.pad(x, ((0, 0), (0, halves * 32 - width))).reshape(tokens, halves, 32)
     scales = np.abs(grouped).max(axis=-1, keepdims=True) / 127
     scales[scales == 0] = 1
     levels = np.rint(grouped / scales)
-    flat = (levels * scales.astype(np.float64)).reshape(tokens, blocks * BLOCK)
+    flat = (levels * scales.astype(np.float64)).reshape(tokens, halves * 32)
     result: npt.NDArray[np.float64] = flat[:, :width]
     return result
 
@@ -75,7 +75,7 @@ def test_a_token_alone_and_among_others_is_the_same_to_the_bit() -> None:
 def test_activations_of_zero_and_of_great_range() -> None:
     x = np.zeros((3, 128), np.float32)
     x[1] = 1e-30
-    x[2, 0], x[2, 64:] = 1e30, 1e-10
+    x[2, 0], x[2, 32:] = 1e30, 1e-10
     levels, scales = quantise(np.ones((32, 128), np.float32))
     (got,) = run_kernel("BlockLinear", [x, levels, scales], width_in=128, width_out=32)
     assert (got[0] == 0).all()

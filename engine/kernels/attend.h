@@ -25,7 +25,7 @@ INLINE T *NAMED(slot_values)(const Job *job, const Row *row, int32_t kv_head) {
     return (T *)(row->slot + (2 * (size_t)kv_head + 1) * bytes);
 }
 
-// Phase 1: the row's own keys, rotated, and values into scratch, in the form of the cache: what a chunk
+// First: the row's own keys, rotated, and values into scratch, in the form of the cache: what a chunk
 // attends to is what a later step will read.
 void NAMED(prepare)(const Job *job, int32_t row_number, int32_t kv_head) {
     const Row *row = &job->rows[row_number];
@@ -126,7 +126,7 @@ static void NAMED(weigh_queries)(int nq, const T *const *values, const Block *co
 #undef CASE
 }
 
-// Phase 2: softmax over a range of a row's blocks for some of its queries, one tile of blocks after another.
+// Then: softmax over a range of a row's blocks for some of its queries, one tile of blocks after another.
 void NAMED(attend)(const Job *job, const Task *task) {
     const Row *row = &job->rows[task->row];
     const int32_t dim = job->dim, padded = job->dim_padded, group = job->group;
@@ -248,7 +248,7 @@ INLINE void NAMED(merge)(const Job *job, const Row *row, int32_t position, int32
     for (int32_t d = 0; d < job->dim; d++) out[d] /= total;
 }
 
-// Phase 3: put the parts of split rows together; then, as nobody reads the ring any more, write into it.
+// Last: put the parts of split rows together; then, as nobody reads the ring any more, write into it.
 void NAMED(finish)(const Job *job, int32_t row_number, int32_t kv_head) {
     const Row *row = &job->rows[row_number];
     const int32_t padded = job->dim_padded;

@@ -8,8 +8,9 @@
 //   q_norm, k_norm  float32 [dim], if the model has them
 // Output: float32 [tokens, heads * dim].
 //
-// Rows lie one after another in the flat batch of tokens. Three phases, each spread over ONNX Runtime's own
-// threads: own keys and values into scratch; attention; merging and writing into the rings. A query at
+// Rows lie one after another in the flat batch of tokens. For each row and KV head three things happen in
+// order, spread over ONNX Runtime's own threads: own keys and values go into scratch; attention, in tasks;
+// the last of these to end puts parts together and writes into the ring, as nobody reads it any more. A query at
 // token_index i sees key j iff j <= i and (j < sinks or j > i - window), and j >= window_start unless a sink.
 // How a row is cut into tasks depends on that row alone, so its result does not depend on its company.
 #include "attention.h"
@@ -18,7 +19,7 @@
 
 #include "tensors.h"
 
-enum { ROW_FIELDS = 7, PART_BLOCKS = 16, INLINE_TOKENS = 128, ALIGNMENT = 64, MAX_GROUP_FLOATS = 1 << 14 };
+enum { ROW_FIELDS = 7, PART_BLOCKS = 16, ALIGNMENT = 64, MAX_GROUP_FLOATS = 1 << 14 };
 
 typedef struct {
     const OrtApi *api;
@@ -86,6 +87,7 @@ static void describe_row(const Job *job, Row *row, const int64_t *fields, Arena 
         const int32_t lanes = min_int(LANES, row->count - from);
         row->blocks[row->num_blocks++] = (Block){row->past_blocks + block, min_int(sinks, lanes), lanes};
     }
+    row->left = take(arena, (size_t)job->kv_heads * sizeof *row->left);
     row->tile = max_int(1, QUERIES / job->group);
     row->parts = row->count <= row->tile ? max_int(1, row->num_blocks / PART_BLOCKS) : 1;
     size_t queries = (size_t)row->count * job->heads;
@@ -95,7 +97,8 @@ static void describe_row(const Job *job, Row *row, const int64_t *fields, Arena 
 
 static void add_tasks(Job *job, int32_t number) {
     const Row *row = &job->rows[number];
-    for (int32_t head = 0; head < job->kv_heads; head++)
+    for (int32_t head = 0; head < job->kv_heads; head++) {
+        atomic_init(&row->left[head], row->parts * ((row->count + row->tile - 1) / row->tile));
         for (int32_t from = 0; from < row->count; from += row->tile)
             for (int32_t part = 0; part < row->parts; part++)
                 job->tasks[job->num_tasks++] = (Task){
@@ -107,31 +110,30 @@ static void add_tasks(Job *job, int32_t number) {
                     .end_block = (int32_t)((int64_t)row->num_blocks * (part + 1) / row->parts),
                     .part = part,
                 };
+    }
 }
+
+// Rows of several tiles are prepared before any of them; a row of one tile by the task that needs it.
+static int is_one_tile(const Row *row) { return row->count <= row->tile; }
 
 static void run_prepare(void *data, size_t index) {
     const Job *job = data;
-    PhaseFunction *phase = job->kv_bytes == 2 ? prepare_half : prepare_float;
-    phase(job, (int32_t)(index / job->kv_heads), (int32_t)(index % job->kv_heads));
+    const int32_t row = (int32_t)(index / job->kv_heads), head = (int32_t)(index % job->kv_heads);
+    if (is_one_tile(&job->rows[row])) return;
+    (job->kv_bytes == 2 ? prepare_half : prepare_float)(job, row, head);
 }
 
-static void run_attend(void *data, size_t index) {
+static void run_task(void *data, size_t index) {
     const Job *job = data;
-    (job->kv_bytes == 2 ? attend_half : attend_float)(job, &job->tasks[index]);
-}
-
-static void run_finish(void *data, size_t index) {
-    const Job *job = data;
-    PhaseFunction *phase = job->kv_bytes == 2 ? finish_half : finish_float;
-    phase(job, (int32_t)(index / job->kv_heads), (int32_t)(index % job->kv_heads));
-}
-
-// Waking threads costs microseconds: what is quicker than that is done here.
-static OrtStatus *spread(API, const OrtKernelContext *context, void (*run)(void *, size_t), size_t total,
-                         int inline_is_quicker, Job *job) {
-    if (!inline_is_quicker) return ort_KernelContext_ParallelFor(api, context, run, total, 0, job);
-    for (size_t i = 0; i < total; i++) run(job, i);
-    return NULL;
+    const Task *task = &job->tasks[index];
+    const Row *row = &job->rows[task->row];
+    const int half = job->kv_bytes == 2;
+    // A row's own keys come last, so only its last part reads them.
+    if (is_one_tile(row) && task->part == row->parts - 1)
+        (half ? prepare_half : prepare_float)(job, task->row, task->kv_head);
+    (half ? attend_half : attend_float)(job, task);
+    if (atomic_fetch_sub(&row->left[task->kv_head], 1) == 1)
+        (half ? finish_half : finish_float)(job, task->row, task->kv_head);
 }
 
 static size_t scratch_bytes(const Job *job, const int64_t *rows, size_t *num_tasks) {
@@ -145,7 +147,7 @@ static size_t scratch_bytes(const Job *job, const int64_t *rows, size_t *num_tas
         bytes += (past + own) * (LANES * sizeof(int32_t) + sizeof(Block));
         bytes += 2 * job->kv_heads * own * block_bytes(job);
         bytes += rows[1] * job->heads * parts * partial_stride(job) * sizeof(float);
-        bytes += 4 * ALIGNMENT;
+        bytes += job->kv_heads * sizeof(atomic_int) + 5 * ALIGNMENT;
         *num_tasks += (size_t)(job->kv_heads * ((rows[1] + tile - 1) / tile) * parts);
     }
     return bytes + *num_tasks * sizeof(Task) + ALIGNMENT;
@@ -169,6 +171,7 @@ static OrtStatus *run_job(const Kernel *kernel, const OrtKernelContext *context,
     char *layer = (char *)cache->data + (size_t)(kernel->layer * cache->dims[1]) * slot_bytes;
     job->rows = take(&arena, job->num_rows * sizeof(Row));
     job->tasks = take(&arena, num_tasks * sizeof(Task));
+    int several_tiles = 0;
     first = 0;
     for (int32_t n = 0; n < job->num_rows; n++) {
         const int64_t *fields = rows + n * ROW_FIELDS;
@@ -183,13 +186,13 @@ static OrtStatus *run_job(const Kernel *kernel, const OrtKernelContext *context,
         };
         describe_row(job, &job->rows[n], fields, &arena);
         add_tasks(job, n);
+        several_tiles |= !is_one_tile(&job->rows[n]);
         first += fields[1];
     }
-    const size_t heads = (size_t)job->num_rows * job->kv_heads;
-    const int few = tokens * job->kv_heads < INLINE_TOKENS;
-    OrtStatus *status = spread(api, context, run_prepare, heads, few, job);
-    if (status == NULL) status = spread(api, context, run_attend, job->num_tasks, job->num_tasks == 1, job);
-    if (status == NULL) status = spread(api, context, run_finish, heads, few, job);
+    OrtStatus *status = NULL;
+    if (several_tiles)
+        status = parallel(api, context, run_prepare, (size_t)job->num_rows * job->kv_heads, job);
+    if (status == NULL) status = parallel(api, context, run_task, job->num_tasks, job);
     free(memory);
     return status;
 }

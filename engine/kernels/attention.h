@@ -1,6 +1,7 @@
 // What the phases of sink attention share. See attention.c for the order of things.
 #pragma once
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -37,6 +38,7 @@ typedef struct {
     Block *blocks;
     char *own;
     float *partial;
+    atomic_int *left;  // tasks that have not ended, for each KV head
 } Row;
 
 typedef struct {

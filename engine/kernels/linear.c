@@ -3,8 +3,8 @@
 //   weights  uint8   [tiles, inputs / 4, 32, 4]   level + 128, 32 outputs side by side
 //   scales   float16 [tiles, inputs / 64, 32]
 //
-// Outputs and inputs are padded to whole tiles and blocks. Activations are rounded to 8 bits per block too
-// (scale = largest / 127), so a product is a sum of bytes times bytes.
+// Outputs and inputs are padded to whole tiles and blocks. Activations are rounded to 8 bits too, per half a
+// block (scale = largest / 127; they have outliers), so a product is a sum of bytes times bytes.
 //
 // BlockLinear: x float32 [tokens, inputs], weights, scales, bias float32 [outputs] or absent, result float32
 // [tokens, outputs]. BlockEmbedding: token_ids int64 [tokens], weights, scales, result [tokens, inputs].
@@ -15,10 +15,10 @@
 
 enum {
     BLOCK = 64,
+    HALF = BLOCK / 2,
     TILE = 32,
     TILE_VECTORS = TILE / LANES,
     REGISTER_TOKENS = 8,
-    TOKENS_TOGETHER = 64,
     INLINE_INPUTS = 1 << 13,
     ALIGNMENT = 64,
 };
@@ -28,7 +28,7 @@ typedef struct {
     int64_t inputs, outputs;
 } Kernel;
 
-// Activations of a token: `blocks` times 64 bytes; of a block: its scale and where its sums start.
+// Activations of a token: `halves` times 32 bytes; of each: its scale and where its sums start.
 typedef struct {
     const float *x, *bias;
     const uint8_t *weights;
@@ -37,61 +37,60 @@ typedef struct {
     int8_t *levels;
     float *level_scales;
     int32_t *starts;
-    int64_t tokens, inputs, outputs, blocks;
+    int64_t tokens, inputs, outputs, blocks, halves;
 } Job;
 
 static void round_token(void *data, size_t token) {
     const Job *job = data;
     const float *x = job->x + token * job->inputs;
-    for (int64_t block = 0; block < job->blocks; block++) {
-        float values[BLOCK] = {0};
-        int64_t count = job->inputs - block * BLOCK < BLOCK ? job->inputs - block * BLOCK : BLOCK;
-        memcpy(values, x + block * BLOCK, count * sizeof(float));
+    for (int64_t half = 0; half < job->halves; half++) {
+        float values[HALF] = {0};
+        const int64_t left = job->inputs - half * HALF;
+        if (left > 0) memcpy(values, x + half * HALF, (left < HALF ? left : HALF) * sizeof(float));
         Floats most = splat(0.0f), zero = splat(0.0f);
-        for (int i = 0; i < BLOCK; i += LANES) {
+        for (int i = 0; i < HALF; i += LANES) {
             Floats value = load_float(values + i);
             most = larger(choose(value > 0.0f, value, -value), most);
             zero += value * 0.0f;  // or NaN, which no rounding may hide
         }
         const float largest = largest_of(most) + sum_of(zero);
         const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-        int8_t *levels = job->levels + (token * job->blocks + block) * BLOCK;
+        int8_t *levels = job->levels + (token * job->halves + half) * HALF;
         int32_t sum = 0;
-        for (int i = 0; i < BLOCK; i++) {
+        for (int i = 0; i < HALF; i++) {
             int32_t level = inverse > 0.0f ? (int32_t)__builtin_rintf(values[i] * inverse) : 0;
             levels[i] = (int8_t)level;
             sum += level;
         }
-        job->level_scales[token * job->blocks + block] = largest / 127.0f;
-        job->starts[token * job->blocks + block] = DOT_BIAS * sum;
+        job->level_scales[token * job->halves + half] = largest / 127.0f;
+        job->starts[token * job->halves + half] = DOT_BIAS * sum;
     }
 }
 
 // One tile of outputs for `count` tokens from `first` on.
 INLINE void multiply(const Job *job, const int count, int64_t tile, int64_t first) {
-    const int64_t blocks = job->blocks;
-    const uint8_t *weights = job->weights + tile * blocks * BLOCK * TILE;
-    const _Float16 *scales = job->scales + tile * blocks * TILE;
-    const int8_t *levels = job->levels + first * blocks * BLOCK;
+    const int64_t halves = job->halves;
+    const uint8_t *weights = job->weights + tile * halves * HALF * TILE;
+    const _Float16 *scales = job->scales + tile * job->blocks * TILE;
+    const int8_t *levels = job->levels + first * halves * HALF;
     Floats total[REGISTER_TOKENS][TILE_VECTORS];
     for (int t = 0; t < count; t++)
         for (int v = 0; v < TILE_VECTORS; v++) total[t][v] = splat(0.0f);
-    for (int64_t block = 0; block < blocks; block++) {
+    for (int64_t half = 0; half < halves; half++) {
         Ints sum[REGISTER_TOKENS][TILE_VECTORS];
         for (int t = 0; t < count; t++)
             for (int v = 0; v < TILE_VECTORS; v++)
-                sum[t][v] = splat_int(job->starts[(first + t) * blocks + block]);
+                sum[t][v] = splat_int(job->starts[(first + t) * halves + half]);
 #pragma clang loop unroll(full)
-        for (int k = 0; k < BLOCK; k += 4, weights += 4 * TILE)
+        for (int k = 0; k < HALF; k += 4, weights += 4 * TILE)
             for (int t = 0; t < count; t++)
                 for (int v = 0; v < TILE_VECTORS; v++)
-                    sum[t][v] = dot4(sum[t][v], weights + 4 * LANES * v,
-                                     levels + (t * blocks + block) * BLOCK + k);
+                    sum[t][v] = dot4(sum[t][v], weights + 4 * LANES * v, levels + (t * halves + half) * HALF + k);
         for (int v = 0; v < TILE_VECTORS; v++) {
-            Floats scale = load_half(scales + block * TILE + v * LANES);
+            Floats scale = load_half(scales + half / 2 * TILE + v * LANES);
             for (int t = 0; t < count; t++) {
                 Floats product = __builtin_convertvector(sum[t][v], Floats);
-                total[t][v] += product * (scale * job->level_scales[(first + t) * blocks + block]);
+                total[t][v] += product * (scale * job->level_scales[(first + t) * halves + half]);
             }
         }
     }
@@ -167,23 +166,24 @@ static OrtStatus *compute_linear(void *data, OrtKernelContext *context) {
         .inputs = kernel->inputs,
         .outputs = kernel->outputs,
         .blocks = (kernel->inputs + BLOCK - 1) / BLOCK,
+        .halves = 2 * ((kernel->inputs + BLOCK - 1) / BLOCK),
     };
     TRY(output_tensor(api, context, 0, dims, 2, (void **)&job.out));
     if (tokens == 0) return NULL;
-    const size_t blocks = (size_t)(tokens * job.blocks);
-    char *memory = malloc(blocks * (BLOCK + sizeof(float) + sizeof(int32_t)) + ALIGNMENT);
+    const size_t halves = (size_t)(tokens * job.halves);
+    char *memory = malloc(halves * (HALF + sizeof(float) + sizeof(int32_t)) + ALIGNMENT);
     if (memory == NULL) return ort_CreateStatus(api, ORT_FAIL, "BlockLinear: out of memory");
     job.levels = (int8_t *)(memory + (ALIGNMENT - (uintptr_t)memory % ALIGNMENT) % ALIGNMENT);
-    job.level_scales = (float *)(job.levels + blocks * BLOCK);
-    job.starts = (int32_t *)(job.level_scales + blocks);
+    job.level_scales = (float *)(job.levels + halves * HALF);
+    job.starts = (int32_t *)(job.level_scales + halves);
     OrtStatus *status = NULL;
     // Waking threads costs microseconds: what is quicker than that is done here.
     if (tokens > 1 && tokens * kernel->inputs >= INLINE_INPUTS)
-        status = ort_KernelContext_ParallelFor(api, context, round_token, (size_t)tokens, 0, &job);
+        status = parallel(api, context, round_token, (size_t)tokens, &job);
     else
         for (int64_t token = 0; token < tokens; token++) round_token(&job, (size_t)token);
     const size_t tiles = (size_t)((job.outputs + TILE - 1) / TILE);
-    if (status == NULL) status = ort_KernelContext_ParallelFor(api, context, multiply_tile, tiles, 0, &job);
+    if (status == NULL) status = parallel(api, context, multiply_tile, tiles, &job);
     free(memory);
     return status;
 }

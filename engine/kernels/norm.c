@@ -63,7 +63,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
     TRY(output_tensor(api, context, 1, x.dims, 2, (void **)&job.sum));
     const size_t tokens = (size_t)x.dims[0];
     if (x.dims[0] * x.dims[1] >= INLINE_FLOATS)
-        return ort_KernelContext_ParallelFor(api, context, run_token, tokens, 0, &job);
+        return parallel(api, context, run_token, tokens, &job);
     for (size_t token = 0; token < tokens; token++) run_token(&job, token);
     return NULL;
 }

@@ -49,7 +49,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
     job.pieces = (job.inner + PIECE - 1) / PIECE;
     size_t total = (size_t)dims[0] * job.pieces;
     // Waking another thread costs more than a few thousand exponentials.
-    if (total >= 16) return ort_KernelContext_ParallelFor(api, context, run_piece, total, 0, &job);
+    if (total >= 16) return parallel(api, context, run_piece, total, &job);
     for (size_t i = 0; i < total; i++) run_piece(&job, i);
     return NULL;
 }

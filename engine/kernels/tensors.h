@@ -42,6 +42,14 @@ static inline OrtStatus *output_tensor(API, OrtKernelContext *context, size_t in
     return ort_GetTensorMutableData(api, value, out);
 }
 
+// Run function(data, 0) .. function(data, total - 1) on ONNX Runtime's threads, in a few pieces for each, so that
+// a thread that is kept waiting does not hold up the others.
+static inline OrtStatus *parallel(API, const OrtKernelContext *context, void (*function)(void *, size_t),
+                                  size_t total, void *data) {
+    const size_t pieces = 16;
+    return ort_KernelContext_ParallelFor(api, context, function, total, total < pieces ? total : pieces, data);
+}
+
 static inline const char *default_provider(const OrtCustomOp *op) { return (void)op, NULL; }
 static inline size_t one_tensor(const OrtCustomOp *op) { return (void)op, 1; }
 
