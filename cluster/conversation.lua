@@ -8,7 +8,7 @@
 --
 -- Fields of the hash. Times are microseconds of the server's clock, ids packed little-endian int32.
 --   fixed    tenant fingerprint sink_tokens window_tokens recent_tokens metadata identity created born
---   state    turn token_count head history previous owner epoch updated result sinks recent
+--   state    turn token_count head history previous older owner epoch updated result sinks recent
 --   results  what is remembered of turns under their keys, see RESULTS
 --   log      log_start log_end log_bytes
 --   running  see RUNNING                                    (only between begin and its end)
@@ -474,7 +474,7 @@ end
 --       max_messages max_bytes message...
 local function commit(keys, args)
   local fields = owned(
-    keys[1], args[1], 'epoch', 'turn', 'token_count', 'history', 'previous',
+    keys[1], args[1], 'epoch', 'turn', 'token_count', 'history', 'previous', 'older',
     'end_epoch', 'end_nonce', 'end_how', unpack(RUNNING)
   )
   if not fields then
@@ -484,11 +484,12 @@ local function commit(keys, args)
   local state = standing(fields, args[2], args[3])
   if state == 'running' then
     local turn = tonumber(fields.turn) + 1
-    fields.previous = fields.history
+    fields.older = fields.previous or ''
     advance(keys[1], fields.run_input .. args[5])
     redis.call(
       'HSET', keys[1],
       'turn', int(turn), 'head', args[7], 'history', args[8], 'previous', fields.history,
+      'older', fields.older,
       'result', args[9], 'owner', fields.run_owner, 'updated', int(now)
     )
     append(keys, args, 13, tonumber(args[11]), tonumber(args[12]))
@@ -501,7 +502,7 @@ local function commit(keys, args)
   elseif state ~= 'commit' then
     return refusal(state)
   end
-  return { 'OK', view(keys[1], now), fields.previous or '' }
+  return { 'OK', view(keys[1], now), fields.older or '' }
 end
 
 -- args: tenant epoch nonce ttl

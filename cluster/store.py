@@ -135,8 +135,9 @@ class StoreLimits:
 
     bytes: 95 KiB at capacity 2048 with 4 windows and S of at least 4, which no allocator rounds up to
     more than 100 KiB. (Replay windows too small to hold a reply add 4 * output_tokens for the newest
-    one, but then the replay ids take less than that.) The transcript has its own limits. A conversation is forgotten `ttl_s` after its
-    last turn; an older result when `results_bytes` are full or its reply leaves the replay ids.
+    one, but then the replay ids take less than that.) The transcript has its own limits. A
+    conversation is forgotten `ttl_s` after its last turn; an older result when `results_bytes` are full
+    or its reply leaves the replay ids.
     """
 
     ttl_s: float = 30 * 24 * 3600.0

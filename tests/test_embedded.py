@@ -20,10 +20,18 @@ import pytest
 import redis
 
 from cluster import embedded
-from cluster.conversation import BeginTurn, NewConversation, TurnCommit, new_conversation_id
+from cluster.conversation import (
+    BeginTurn,
+    NewConversation,
+    Ownership,
+    TurnCommit,
+    new_conversation_id,
+)
 from cluster.redis_store import RedisStore
+from cluster.store import StoreLimits
 
 TENANT = "tenant"
+NO_RECOVERY = StoreLimits(recovery_s=0.0)
 
 
 @pytest.fixture
@@ -46,13 +54,14 @@ def kill(process: psutil.Process) -> None:
 
 
 async def commit_turns(url: str, conversation_id: str, turns: int) -> None:
-    store = await RedisStore.connect(url)
+    store = await RedisStore.connect(url, NO_RECOVERY)
     new = NewConversation(conversation_id, TENANT, "model", 2, 8, 4)
     await store.create(new)
     ids = np.arange(5, dtype=np.int32)
     for turn in range(turns):
         claim = BeginTurn(conversation_id, TENANT, "replica", ids, "model", 10.0)
         ownership = await store.begin(claim)
+        assert isinstance(ownership, Ownership)
         head = f"{turn + 1:064x}"
         commit = TurnCommit(conversation_id, TENANT, ownership.fence, ids, head, head, ())
         await store.commit(commit)
@@ -60,7 +69,7 @@ async def commit_turns(url: str, conversation_id: str, turns: int) -> None:
 
 
 async def committed_turns(url: str, conversation_id: str) -> int:
-    store = await RedisStore.connect(url)
+    store = await RedisStore.connect(url, NO_RECOVERY)
     record = await store.get(TENANT, conversation_id)
     await store.close()
     return record.turn
