@@ -29,7 +29,7 @@ from benchmarks import report
 from benchmarks.chaos import faults
 from benchmarks.chaos.client import ClientOptions
 from benchmarks.chaos.controls import Control, controls
-from benchmarks.chaos.rig import DEMO_FIELDS, NotHappened, Rig
+from benchmarks.chaos.rig import DEMO_FIELDS, FIELDS, NotHappened, Rig
 from benchmarks.chaos.stage import Episode, Fault, run_episode
 from benchmarks.chaos.workload import Scale
 from deployments.config import DEMO_MODEL, TOY_MODEL
@@ -73,6 +73,7 @@ class Run:
     say: Callable[[str], None]
     model: str = TOY_MODEL
     logs: Path | None = None
+    durability: str = "token"
     episodes: dict[str, Episode] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     complaints: dict[str, Json] = field(default_factory=dict)
@@ -171,7 +172,8 @@ def run(state: Run, kills: int, names: Sequence[str], with_controls: bool) -> No
 def started(state: Run, keeps_gcs: bool = True) -> Iterator[Rig]:
     """A cluster with the service on it, and none of its processes afterwards."""
     state.say("starting a cluster ...")
-    fields = None if state.model == TOY_MODEL else DEMO_FIELDS
+    fields = {**(FIELDS if state.model == TOY_MODEL else DEMO_FIELDS)}
+    fields["durability"] = state.durability
     with Rig(keeps_gcs=keeps_gcs, fields=fields, logs=state.logs) as rig:
         rig.deploy()
         state.say(f"{rig.num_replicas} replicas are up")
@@ -191,6 +193,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=5)
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
     parser.add_argument("--engine", choices=ENGINES, default="toy")
+    parser.add_argument("--durability", choices=("token", "turn"), default="token")
     parser.add_argument("--no-controls", dest="controls", action="store_false")
     parser.add_argument("--logs", type=Path, help="folder that gets Serve's logs")
     parser.add_argument("--record", action="store_true", help="save the verdict")
@@ -201,14 +204,16 @@ def main() -> int:
         print(f"[{time.monotonic() - started_s:6.1f} s] {text}", flush=True)
 
     model, max_tokens = ENGINES[args.engine]
-    state = Run(Scale(args.clients, max_tokens, args.seed), say, model, args.logs)
+    state = Run(Scale(args.clients, max_tokens, args.seed), say, model, args.logs, args.durability)
     try:
         # Every control needs the oracle.
         run(state, args.kills, args.faults, args.controls and model == TOY_MODEL)
     except Exception:
         traceback.print_exc()
         state.failed["run"] = "it ended early; see stderr"
-    options = {name: vars(args)[name] for name in ("engine", "kills", "clients", "seed")}
+    options = {
+        name: vars(args)[name] for name in ("engine", "durability", "kills", "clients", "seed")
+    }
     verdict = state.verdict(options)
     verdict["lasted_s"] = round(time.monotonic() - started_s)
     print(json.dumps(verdict, indent=2))

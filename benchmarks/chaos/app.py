@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentResponseGenerator
 
 from cluster.conversation import Checkpoint, Snapshot
 from cluster.redis_store import RedisStore
@@ -26,8 +28,12 @@ from deployments.config import TOY_MODEL, ServiceConfig, load_config
 from deployments.engine_files import EngineFiles, locate_engine
 from deployments.replica import SinkReplica
 from deployments.serve_ingress import Ingress
+from deployments.turn_call import ReplicaStats
 from engine.protocol import Engine, StepPlan, StepResult
 from engine.toy_engine import ToyEngine, ToyModel, ToyText
+
+REFUSED = "refused_checkpoints_of_a_claim"
+"""A figure of `ChaosReplica`."""
 
 POISON = 0x07
 """A byte (BEL): the engine that reads it dies."""
@@ -72,13 +78,19 @@ class ChaosReplica(SinkReplica):
         # The seams are where the replica's modules look their parts up.
         if load_config(config).model == TOY_MODEL:
             _swap(replica_module, "start_engine", start_toy)
-        if "fence" in switched_off:
-            _swap(RedisStore, "checkpoint", _unfenced(RedisStore.checkpoint))
+        self._refused = RefusedCheckpoints(RedisStore.checkpoint, "fence" not in switched_off)
+        _swap(RedisStore, "checkpoint", self._refused.as_method())
         if "repair" in switched_off:
             _swap(RedisStore, "repair", _repair_nothing)
         if "quarantine" in switched_off:
             _swap(replica_module, "store_limits", _without_quarantine(replica_module.store_limits))
         await super().__init__(config)
+
+    async def stats(self) -> ReplicaStats:
+        """The replica's own, and the most checkpoints refused to one claim that was lost."""
+        stats = await super().stats()
+        most = float(max(self._refused.counts.values(), default=0))
+        return ReplicaStats(stats.replica, {**stats.values, REFUSED: most})
 
 
 class ChaosIngress(Ingress):
@@ -90,6 +102,9 @@ class ChaosIngress(Ingress):
         if "failover" in switched_off:
             once = partial(failover.FailoverPolicy, first_tries=1, max_tries=1)
             _swap(failover, "FailoverPolicy", once)
+        if "fence" in switched_off:
+            # Nor is the old owner told by the ingress that nobody reads it any more.
+            _swap(DeploymentResponseGenerator, "cancel", lambda response: None)
         await super().__init__(config, replicas)
 
 
@@ -98,12 +113,28 @@ def _swap(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _unfenced(checkpoint: Any) -> Any:
-    async def believe(store: RedisStore, batch: Sequence[Checkpoint]) -> list[StoreError | None]:
-        answers = await checkpoint(store, batch)
-        return [None if isinstance(answer, Fenced) else answer for answer in answers]
+class RefusedCheckpoints:
+    """Counts by claim how often tokens were refused with Fenced. Not `tells`: the owner never learns."""
 
-    return believe
+    def __init__(self, checkpoint: Any, tells: bool) -> None:
+        self._checkpoint = checkpoint
+        self._tells = tells
+        self.counts: Counter[str] = Counter()
+
+    def as_method(self) -> Any:
+        """In place of `RedisStore.checkpoint`."""
+
+        async def checkpoint(
+            store: RedisStore, batch: Sequence[Checkpoint]
+        ) -> list[StoreError | None]:
+            answers: list[StoreError | None] = list(await self._checkpoint(store, batch))
+            for number, (asked, answer) in enumerate(zip(batch, answers, strict=True)):
+                if isinstance(answer, Fenced) and len(asked.token_ids):
+                    self.counts[asked.fence.nonce] += 1
+                    answers[number] = answer if self._tells else None
+            return answers
+
+        return checkpoint
 
 
 async def _repair_nothing(store: RedisStore, snapshot: Snapshot) -> None:

@@ -34,7 +34,7 @@ APPLICATION = "sinkserve"
 REPO = Path(__file__).resolve().parent.parent.parent
 READY_S = 120.0
 CAPACITY = 64
-FIELDS: dict[str, Any] = {
+FIELDS: Mapping[str, Any] = {
     "model": "toy",
     "capacity": CAPACITY,
     "max_chunk": 16,
@@ -46,7 +46,7 @@ FIELDS: dict[str, Any] = {
     "drain_s": 5.0,
     "lease_s": 3.0,
 }
-DEMO_FIELDS: dict[str, Any] = {
+DEMO_FIELDS: Mapping[str, Any] = {
     "cpus_per_replica": 0.1,
     "threads_per_replica": 1,
     "memory_budget_bytes": 256 << 20,
@@ -84,11 +84,11 @@ class Rig:
         num_replicas: int = 3,
         *,
         keeps_gcs: bool = True,
-        fields: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] = FIELDS,
         logs: Path | None = None,
     ) -> None:
         self._logs = logs
-        self._base = dict(FIELDS if fields is None else fields)
+        self._base = dict(fields)
         self.num_replicas = num_replicas
         self.keeps_gcs = keeps_gcs
         self.folder = Path(tempfile.mkdtemp(prefix="ssc-", dir="/tmp"))
