@@ -67,7 +67,7 @@ class Record:
     ended: tuple[Fence, Literal["commit", "abort"]] | None = None
     result: dict[str, Any] = field(default_factory=dict)
     results: list[RememberedTurn] = field(default_factory=list)
-    indexed: str = ""
+    indexed: tuple[str, ...] = ()
     transcript: list[Message] = field(default_factory=list)
     transcript_start: int = 0
 
@@ -174,7 +174,7 @@ def repaired(snapshot: Snapshot, known: Record | None, now_s: float, limits: Sto
         running=running,
         result=last.result,
         results=[*snapshot.results, *older],
-        indexed=known.indexed if known else "",
+        indexed=known.indexed if known else (),
         transcript=before,
         transcript_start=start,
     )

@@ -389,11 +389,14 @@ class MemoryStore:
         record.remember(result, self._limits)
 
     def _index(self, record: Record) -> None:
-        """A conversation has one entry, that of its last commit."""
+        """A conversation has the entries of its last two commits: who repeats the request of the last
+        one names the history before it."""
         tenant = record.new.tenant
-        _, holder = self._histories.get((tenant, record.indexed), (None, None))
-        if holder is record and record.indexed != record.history:
-            del self._histories[tenant, record.indexed]
-        record.indexed = record.history
+        if record.history not in record.indexed:
+            for old in record.indexed[:-1]:
+                _, holder = self._histories.get((tenant, old), (None, None))
+                if holder is record:
+                    del self._histories[tenant, old]
+            record.indexed = (*record.indexed[-1:], record.history)
         match = HistoryMatch(record.new.conversation_id, record.turn)
         self._histories[tenant, record.history] = match, record

@@ -425,7 +425,12 @@ class Checker:
         same = life is not None and life.number == number and len(life.turns) == turn
         same = same and life is not None and life.history() == history
         expected = HistoryMatch(identifier, turn) if same else None
-        self._same("match", await self._store.match_history(tenant, history), expected)
+        found = await self._store.match_history(tenant, history)
+        # The entry of the commit before the last is there too, unless the record was repaired since.
+        is_older = life is not None and life.number == number and len(life.turns) == turn + 1
+        is_older = is_older and life is not None and life.histories[turn - 1] == history
+        if not (is_older and found == HistoryMatch(identifier, turn)):
+            self._same("match", found, expected)
         stranger = TENANTS[1 - TENANTS.index(tenant)]
         if (stranger, history) not in index:
             self._same("match", await self._store.match_history(stranger, history), None)

@@ -420,6 +420,10 @@ class StoreContract:
         first = await run_turn(env.store, record)
         assert await env.store.match_history(ANN, first.history) == HistoryMatch(identifier, 1)
         second = await run_turn(env.store, record)
+        # Who repeats the request of the second turn names the history before it.
+        assert await env.store.match_history(ANN, first.history) == HistoryMatch(identifier, 1)
+        assert await env.store.match_history(ANN, second.history) == HistoryMatch(identifier, 2)
+        await run_turn(env.store, record)
         assert await env.store.match_history(ANN, first.history) is None
         assert await env.store.match_history(ANN, second.history) == HistoryMatch(identifier, 2)
 
