@@ -42,8 +42,9 @@ class Repairable(Protocol):
     @property
     def conversation_id(self) -> str: ...
 
-    async def repair(self) -> None:
-        """Put the turn back as far as its store acknowledged it. Raises StoreError."""
+    async def repair(self) -> bool:
+        """Put the turn back as far as its store acknowledged it; False while it is not claimed yet.
+        Raises StoreError."""
         ...
 
     def lose(self, error: StoreError) -> None:
@@ -158,13 +159,14 @@ class StoreWatch:
             await asyncio.sleep(PULSE_S)
 
     async def _repair_all(self) -> None:
-        turns = list(self._running())
-        for turn in turns:
+        at_work: set[str] = set()
+        for turn in list(self._running()):
             try:
-                await turn.repair()
+                if await turn.repair():
+                    at_work.add(turn.conversation_id)
             except (Fenced, NotFound) as error:
                 turn.lose(error)
-        at_work = {turn.conversation_id for turn in turns}
+                at_work.add(turn.conversation_id)
         for name, snapshot in reversed(list(self._committed.items())):
             if name in at_work:
                 continue

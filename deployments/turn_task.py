@@ -105,10 +105,13 @@ class TurnTask:
         """The store says that the turn belongs to another owner, or to nobody."""
         self.stop(lost_claim(error, self.conversation_id))
 
-    async def repair(self) -> None:
-        """Put the turn back as far as the store has acknowledged it. Raises StoreError."""
-        if self._owned is not None:
-            await self._owned.repair()
+    async def repair(self) -> bool:
+        """Put the turn back as far as the store has acknowledged it; False while it is not claimed yet.
+        Raises StoreError."""
+        if self._owned is None:
+            return False
+        await self._owned.repair()
+        return True
 
     async def run(self) -> None:
         """The whole turn. Raises nothing."""
@@ -201,6 +204,7 @@ class OwnedTurn:
         self._progress = progress
         self._signals = signals
         self._begin = begin
+        self._num_repairs = 0
         self._lane = Lane(
             tenant=claim.call.tenant,
             conversation_id=claim.call.conversation_id,
@@ -235,6 +239,7 @@ class OwnedTurn:
     async def repair(self) -> None:
         """Raises StoreError."""
         claim, lease_s = self._claim, self._host.tunables().lease_s
+        self._num_repairs += 1
         stored = self._lane.token_ids[: self._lane.num_stored]
         try:
             await self._host.watch.repair_running(claim, stored, lease_s)
@@ -284,8 +289,13 @@ class OwnedTurn:
         until_s = time.monotonic() + self._host.tunables().lease_s
         pause_s = _COMMIT_PAUSE_S
         while True:
+            num_repairs = self._num_repairs
             try:
-                return await self._host.parts.store.commit(commit)
+                committed = await self._host.parts.store.commit(commit)
+                if num_repairs == self._num_repairs:
+                    return committed
+                # The answer may be of a life of the store that has ended: the turn was put back as running.
+                continue
             except (StoreUnavailable, RolledBack) as error:
                 reason = error
             except StoreError as error:

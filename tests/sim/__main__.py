@@ -12,7 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.sim.backends import MemoryBackend, RedisBackend
-from tests.sim.world import OpenBackend, Outcome, Plan, simulate
+from tests.sim.real_replica import REAL
+from tests.sim.world import SMALL, OpenBackend, Outcome, Plan, simulate
 from tests.valkey_fixture import start_valkey
 
 MAX_FAILURES = 8
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("seed", type=int)
     parser.add_argument("--to", type=int, help="run all seeds from SEED up to this one")
     parser.add_argument("--store", choices=("redis", "memory"), default="redis")
+    parser.add_argument("--real", action="store_true", help="production's replica")
     parser.add_argument("--trace", action="store_true", help="print the trace of every run")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -43,7 +45,7 @@ def _run(args: argparse.Namespace, open_backend: OpenBackend) -> int:
     counts: Counter[str] = Counter()
     failed: list[Outcome] = []
     for seed in range(args.seed, (args.to or args.seed) + 1):
-        outcome = simulate(Plan.of(seed), open_backend)
+        outcome = simulate(Plan.of(seed), open_backend, REAL if args.real else SMALL)
         counts += outcome.counts
         if args.trace or (outcome.problem and not failed):
             print("\n".join(outcome.trace))

@@ -10,10 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.conversation import BeginTurn, Checkpoint, Fence, Ownership
+from tests.sim.virtual import report_failure
 
 
 class Violation(Exception):
-    """A promise was broken."""
+    """A promise was broken. Known to the loop at once: who causes one may catch whatever it meets."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        report_failure(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +90,12 @@ class Claims:
             raise Violation(f"{turn.key}: resumed with {resumed}, stored were {stored}")
         stored.extend(resumed[len(stored) :])
 
+    def busy(self, claim: Claim, stored: list[int]) -> None:
+        """The turn runs elsewhere, and this much of it is in the store."""
+        run, _ = self._runs.get(claim.turn.key, (None, claim))
+        if run is not None and stored[: len(run.stored)] == run.stored:
+            run.stored.extend(stored[len(run.stored) :])
+
     def stored(self, checkpoint: Checkpoint, sent_s: float) -> None:
         """The store has acknowledged these tokens, sent at this time."""
         claim, tokens = self.by_fence(checkpoint.fence), checkpoint.token_ids.tolist()
@@ -123,9 +134,9 @@ class Claims:
     def shown(self, replica: str, key: str, k: int, tokens: tuple[int, ...]) -> None:
         """`replica` has shown a client tokens `k`, `k` + 1, ... of the turn."""
         owned = [c for c in self._all if c.run and (c.turn.replica, c.turn.key) == (replica, key)]
-        if not owned:
-            raise Violation(f"{replica} streams {key}, which it never was given")
-        run = self.run_of(owned[-1])
+        if not owned and key not in self._runs:
+            raise Violation(f"{replica} streams {key}, which nobody was given")
+        run = self.run_of(owned[-1]) if owned else self._runs[key][0]
         for place, token in enumerate(tokens, k):
             if run.shown.setdefault(place, token) != token:
                 was = run.shown[place]

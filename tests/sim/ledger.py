@@ -7,6 +7,7 @@ at the first thing that a promise of docs/guarantees.md forbids.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.conversation import (
@@ -22,6 +23,9 @@ from cluster.conversation import (
 from deployments.turn_call import TurnCall, TurnDone
 from tests.sim.claims import Claim, Claims, Violation
 from tests.sim.toy import EOS, close_reply, oracle_reply
+
+Oracle = Callable[[tuple[int, int], Sequence[int], TurnCall, int], list[int]]
+"""What the deterministic toy must say: see `oracle_reply`."""
 
 Name = tuple[str, str]
 """(conversation_id, key)"""
@@ -58,11 +62,12 @@ class Ledger:
     """`noisy`: replies depend on who computed them, so that they cannot be recomputed. `keeps_leases`:
     no clock jumps and nothing is rolled back, so that leases last as long as they say."""
 
-    def __init__(self, noisy: bool, keeps_leases: bool) -> None:
+    def __init__(self, noisy: bool, keeps_leases: bool, oracle: Oracle = oracle_reply) -> None:
         self.known: dict[str, Known] = {}
         self.counts: Counter[str] = Counter()
         self.last_owner = ""
         self._noisy = noisy
+        self._oracle = oracle
         self._keeps_leases = keeps_leases
         self._asked: dict[Name, TurnCall] = {}
         self._victims: Counter[Name] = Counter()
@@ -235,8 +240,7 @@ class Ledger:
             asked = self._asked[name]
             context += entry.input_ids
             if not self._noisy:
-                request = (asked.sampling.seed, entry.turn)
-                due = close_reply(oracle_reply(window, context, request, asked.max_tokens))
+                due = close_reply(self._oracle(window, context, asked, entry.turn))
                 if list(entry.output_ids) != due[0] + due[1]:
                     raise Violation(f"{name}: committed {entry.output_ids}, due was {due[0]}")
             context += entry.output_ids

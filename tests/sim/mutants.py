@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tests.sim.replica import Host, SimReplica
-from tests.sim.world import Plan
+from tests.sim.world import Cast, Plan
 
 MAX_SEEDS = 60
 
@@ -39,6 +39,10 @@ class Mutant:
     edit: Edit | None = None
     noisy: bool | None = None
     start: int = 0
+
+    @property
+    def players(self) -> Cast:
+        return Cast(self.make)
 
     def library(self, library: str) -> str:
         """The store's functions."""

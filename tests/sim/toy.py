@@ -13,6 +13,8 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from deployments.turn_call import TurnCall
+
 EOS = 1
 POISON = 2
 """An input token that kills whatever engine prefills it."""
@@ -21,6 +23,7 @@ FIRST_WORD = 3
 VOCAB = 64
 STOP_PERIOD = 12
 MODEL = "toy"
+CAPACITY = 24
 
 
 class ToySlot:
@@ -60,15 +63,15 @@ def toy_token(slot: ToySlot, seed: int, turn: int, k: int, salt: str) -> int:
 
 
 def oracle_reply(
-    window: tuple[int, int], context: Sequence[int], request: tuple[int, int], max_tokens: int
+    window: tuple[int, int], context: Sequence[int], call: TurnCall, turn: int
 ) -> list[int]:
     """What the salt-free toy must sample after `context`, all tokens of the conversation and the
-    input; `window` is (S, R), `request` (seed, turn). Slow and obvious: no slot survives a call."""
+    input; `window` is (S, R). Slow and obvious: no slot survives a call."""
     reply: list[int] = []
     slot = ToySlot(*window, head="")
     slot.push(0, context)
-    while len(reply) < max_tokens and EOS not in reply:
-        token = toy_token(slot, *request, k=len(reply), salt="")
+    while len(reply) < call.max_tokens and EOS not in reply:
+        token = toy_token(slot, call.sampling.seed, turn, len(reply), salt="")
         slot.push(slot.length, [token])
         reply.append(token)
     return reply

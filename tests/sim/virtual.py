@@ -50,6 +50,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Nothing sleeps, so nothing is to be woken."""
 
 
+def report_failure(error: BaseException) -> None:
+    """The run is to end with this error, if it is the first."""
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, VirtualLoop) and not loop.failed.done():
+        loop.failed.set_exception(error)
+
+
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` in virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
@@ -69,6 +76,7 @@ class Process:
         self._awake = asyncio.Event()
         self._awake.set()
         self._tasks: list[asyncio.Task[Any]] = []
+        self._buried = False
 
     @property
     def is_up(self) -> bool:
@@ -82,14 +90,15 @@ class Process:
 
     @staticmethod
     def _look_at(task: asyncio.Task[Any]) -> None:
-        loop = task.get_loop()
         error = None if task.cancelled() else task.exception()
-        if error is not None and isinstance(loop, VirtualLoop) and not loop.failed.done():
-            loop.failed.set_exception(error)
+        if error is not None:
+            report_failure(error)
 
     async def gate(self) -> None:
         """Go on once the process runs; never, if it is dead."""
         while not self.is_up:
+            if self._buried:
+                raise asyncio.CancelledError
             if self.died.is_set():
                 await asyncio.Event().wait()
             await self._awake.wait()
@@ -112,11 +121,20 @@ class Process:
 
     async def bury(self) -> None:
         """After the run: end what is left."""
+        self._buried = True
         self.died.set()
         self._awake.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def bury_all() -> None:
+    """End whatever else is left on the loop."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 class Dice:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from cluster.conversation import (
     BeginTurn,
     Begun,
+    BusyTurn,
     Checkpoint,
     Conversation,
     Fence,
@@ -130,6 +131,7 @@ class WatchedStore:
         self._ledger = ledger
         self._network = network
         self._turns: dict[tuple[str, str], tuple[int, str]] = {}
+        self._life = ""
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
@@ -148,6 +150,8 @@ class WatchedStore:
             raise
         claims.returned(claim, known=True)
         self._note(f"{what} -> {type(begun).__name__}")
+        if isinstance(begun, BusyTurn):
+            claims.busy(claim, begun.output_ids.tolist())
         if isinstance(begun, Ownership):
             record = begun.conversation
             self._turns[turn.conversation_id, begun.fence.nonce] = (record.turn + 1, record.head)
@@ -185,6 +189,13 @@ class WatchedStore:
         self._ledger.claims(conversation_id).ends(fence, aborts=True)
         self._note(f"abort {conversation_id[-4:]}")
         await self._inner.abort(tenant, conversation_id, fence)
+
+    async def pulse(self) -> str:
+        life = await self._inner.pulse()
+        if life != self._life:
+            self._note("pulse: another life")
+        self._life = life
+        return life
 
     async def repair(self, snapshot: Snapshot) -> None:
         record = snapshot.conversation

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -18,12 +19,12 @@ from cluster.conversation import NewConversation
 from cluster.store import ConversationStore, NotFound, StoreUnavailable
 from tests.sim.backends import Backend
 from tests.sim.claims import Violation
-from tests.sim.client import Habits, Server, Surroundings, User
-from tests.sim.ledger import Known, Ledger
+from tests.sim.client import Habits, Runner, Server, Surroundings, User
+from tests.sim.ledger import Known, Ledger, Oracle
 from tests.sim.network import Network
 from tests.sim.replica import REPLAY_WINDOWS, Host, SimReplica
-from tests.sim.toy import MODEL
-from tests.sim.virtual import Dice, Process, VirtualLoop, run_virtual
+from tests.sim.toy import CAPACITY, MODEL, oracle_reply
+from tests.sim.virtual import Dice, Process, VirtualLoop, bury_all, run_virtual
 from tests.sim.watched import WatchedStore
 
 T = TypeVar("T")
@@ -60,7 +61,19 @@ SETTLE_S = 3.0
 """What turns that nobody waits for may still need."""
 
 OpenBackend = Callable[[Network], Backend]
-MakeReplica = Callable[[Host], SimReplica]
+MakeReplica = Callable[[Host], Runner]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Which replicas play, what the deterministic ones must say, what else has to be virtual."""
+
+    make: MakeReplica = SimReplica
+    oracle: Oracle = oracle_reply
+    around: Callable[[VirtualLoop], AbstractContextManager[None]] = nullcontext
+
+
+SMALL = Cast()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +111,11 @@ class World:
     """Of one plan. `run` raises Violation."""
 
     def __init__(
-        self, plan: Plan, loop: VirtualLoop, open_backend: OpenBackend, make: MakeReplica
+        self, plan: Plan, loop: VirtualLoop, open_backend: OpenBackend, players: Cast
     ) -> None:
         self.plan = plan
         self._loop = loop
-        self.ledger = Ledger(plan.noisy, keeps_leases=plan.kind in KEEPS_LEASES)
+        self.ledger = Ledger(plan.noisy, plan.kind in KEEPS_LEASES, players.oracle)
         dice = Dice(plan.seed)
         self._dice = dice
         self._random = dice.stream("world")
@@ -110,7 +123,7 @@ class World:
         delay_s = self._random.choice((0.004, 0.004, 0.03, 0.15))
         self.network = Network(loop, dice.stream("network"), loss, delay_s)
         self._backend = open_backend(self.network)
-        self._make = make
+        self._make = players.make
         self._num_replicas = self._random.randrange(2, 5)
         self._num_made = 0
         self._servers: list[Server] = []
@@ -140,6 +153,7 @@ class World:
             await asyncio.gather(story, keeper, return_exceptions=True)
             for process in (*self._buried, *(server.process for server in self._servers)):
                 await process.bury()
+            await bury_all()
             self._loop.failed.cancel()
             self._backend.close()
 
@@ -165,12 +179,13 @@ class World:
         self._servers.append(Server(process, self._make(host)))
 
     async def _open_conversation(self, number: int) -> None:
+        sink_tokens = self._random.choice((0, 2, 4))
         new = NewConversation(
             conversation_id=f"conv_{self._random.getrandbits(112):028x}{number:04x}",
             tenant=self._random.choice(("ann", "bob")),
             fingerprint=MODEL,
-            sink_tokens=self._random.choice((0, 2, 4)),
-            window_tokens=20,
+            sink_tokens=sink_tokens,
+            window_tokens=CAPACITY - sink_tokens,
             replay_windows=REPLAY_WINDOWS,
         )
         self.ledger.created(new)
@@ -411,7 +426,7 @@ class World:
                 await asyncio.sleep(0.2)
 
 
-def simulate(plan: Plan, open_backend: OpenBackend, make: MakeReplica = SimReplica) -> Outcome:
+def simulate(plan: Plan, open_backend: OpenBackend, players: Cast = SMALL) -> Outcome:
     """Run one plan to its verdict."""
     worlds: list[World] = []
 
@@ -419,9 +434,10 @@ def simulate(plan: Plan, open_backend: OpenBackend, make: MakeReplica = SimRepli
         loop = asyncio.get_running_loop()
         if not isinstance(loop, VirtualLoop):
             raise TypeError("a simulation runs in virtual time")
-        world = World(plan, loop, open_backend, make)
+        world = World(plan, loop, open_backend, players)
         worlds.append(world)
-        await world.run()
+        with players.around(loop):
+            await world.run()
 
     problem = ""
     try:
