@@ -89,7 +89,7 @@ async def claimed(store: MemoryStore, lease_s: float) -> Ownership:
 async def read(items: AsyncGenerator[TurnItem, None], into: list[TurnItem]) -> None:
     async with aclosing(items):
         async for item in items:
-            into += (item,)
+            into.extend([item])
 
 
 async def test_silence_beyond_the_lease_is_a_lost_replica() -> None:

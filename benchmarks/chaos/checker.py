@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.chaos.client import TurnLog
@@ -19,33 +19,45 @@ _PROBE_CHARS = 6
 """So many characters of a random reply are found again only where they come from."""
 
 
+KINDS = (
+    "conversations_lost",
+    "turns_lost",
+    "turns_duplicated",
+    "tokens_missing",
+    "tokens_repeated",
+    "tokens_contradicted",
+    "event_ids_wrong",
+    "records_wrong",
+    "slots_leaked",
+    "visible",
+    "other",
+)
+
+
 @dataclass(slots=True)
 class Violations:
-    """What must not happen. All zero is a pass; `notes` say where."""
+    """What must not happen, counted by KINDS; `notes` say where. None is a pass."""
 
-    conversations_lost: int = 0
-    turns_lost: int = 0
-    turns_duplicated: int = 0
-    tokens_missing: int = 0
-    tokens_repeated: int = 0
-    tokens_contradicted: int = 0
-    event_ids_wrong: int = 0
-    records_wrong: int = 0
-    slots_leaked: int = 0
-    visible: int = 0
-    other: int = 0
+    found: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+
+    def note(self, kind: str, note: str, count: int = 1) -> None:
+        """Raises ValueError for a kind that is not one of KINDS."""
+        if kind not in KINDS:
+            raise ValueError(f"{kind} is no kind of violation")
+        self.found[kind] += count
+        self.notes.append(note)
 
     @property
     def total(self) -> int:
-        return sum(self.counts().values())
+        return self.found.total()
 
     def counts(self) -> dict[str, int]:
-        return {name: count for name, count in asdict(self).items() if name != "notes"}
+        """Every kind, zero or not."""
+        return {kind: self.found[kind] for kind in KINDS}
 
     def add(self, other: Violations) -> None:
-        for name, count in other.counts().items():
-            setattr(self, name, getattr(self, name) + count)
+        self.found.update(other.found)
         self.notes += other.notes
 
 
@@ -75,11 +87,9 @@ def check_conversation(
         if log.is_done:
             truth.commit(log.asked, due)
             if (log.turn, log.etag) != (truth.turn, truth.head):
-                found.records_wrong += 1
-                found.notes.append(f"{where}: told turn {log.turn}, ETag {log.etag[:8]}")
+                found.note("records_wrong", f"{where}: told turn {log.turn}, ETag {log.etag[:8]}")
         elif log.error not in may_fail:
-            found.turns_lost += 1
-            found.notes.append(f"{where}: ended with {log.error or 'nothing'}")
+            found.note("turns_lost", f"{where}: ended with {log.error or 'nothing'}")
             committed = stored.record is not None and stored.record.turn > truth.turn
             if committed and is_last:
                 truth.commit(log.asked, due)
@@ -96,14 +106,11 @@ def check_transcript(turns: Sequence[TurnLog], stored: Stored) -> Violations:
         _check_text(log, replies[number - 1] if number <= len(replies) else "", where, found)
         _check_ids(log, number, where, found)
         if not log.is_done:
-            found.turns_lost += 1
-            found.notes.append(f"{where}: ended with {log.error or 'nothing'}")
-    if stored.record is None or stored.record.turn < len(turns):
-        found.conversations_lost += 1
-    elif stored.record.turn > len(turns):
-        found.turns_duplicated += stored.record.turn - len(turns)
-    elif stored.record.head != turns[-1].etag:
-        found.records_wrong += 1
+            found.note("turns_lost", f"{where}: ended with {log.error or 'nothing'}")
+    _check_turns(stored, len(turns), found)
+    record = stored.record
+    if record is not None and record.turn == len(turns) and record.head != turns[-1].etag:
+        found.note("records_wrong", f"the store's hash is {record.head[:8]}")
     return found
 
 
@@ -114,49 +121,49 @@ def _check_text(log: TurnLog, due: str, where: str, found: Violations) -> None:
         same = min(len(shown), len(due))
     if same == len(shown):
         if log.is_done and same < len(due):
-            found.tokens_missing += len(due) - same
-            found.notes.append(f"{where}: {len(due) - same} of {len(due)} characters never came")
+            missing = len(due) - same
+            note = f"{where}: {missing} of {len(due)} characters never came"
+            found.note("tokens_missing", note, missing)
         return
     wrong, probe = len(shown) - same, shown[same : same + _PROBE_CHARS]
+    note = f"{where}: shown {shown[same:][:30]!r} for {due[same:][:30]!r} at {same}"
     if len(probe) == _PROBE_CHARS and probe in due[same:]:
-        found.tokens_missing += due.index(probe, same) - same
+        found.note("tokens_missing", note, due.index(probe, same) - same)
     elif len(probe) == _PROBE_CHARS and probe in due[: same + _PROBE_CHARS - 1]:
-        found.tokens_repeated += wrong
+        found.note("tokens_repeated", note, wrong)
     else:
-        found.tokens_contradicted += wrong
-    found.notes.append(f"{where}: shown {shown[same:][:30]!r} for {due[same:][:30]!r} at {same}")
+        found.note("tokens_contradicted", note, wrong)
 
 
 def _check_ids(log: TurnLog, turn: int, where: str, found: Violations) -> None:
     for event_id, chars in log.event_ids:
         if event_id != f"{turn}.{chars}":
-            found.event_ids_wrong += 1
-            found.notes.append(f"{where}: event id {event_id} after {chars} characters")
+            found.note("event_ids_wrong", f"{where}: event id {event_id} after {chars} characters")
             return
 
 
+def _check_turns(stored: Stored, turns: int, found: Violations) -> None:
+    has = 0 if stored.record is None else stored.record.turn
+    if stored.record is None or has < turns:
+        found.note("conversations_lost", f"the store has {has} turns of {turns}")
+    elif has > turns:
+        found.note("turns_duplicated", f"the store has {has} turns of {turns}", has - turns)
+
+
 def _check_record(stored: Stored, truth: TrueLog, found: Violations) -> None:
+    _check_turns(stored, truth.turn, found)
     record = stored.record
     if record is None:
-        found.conversations_lost += 1
-        found.notes.append("the store knows nothing of the conversation")
         return
-    if record.turn > truth.turn:
-        found.turns_duplicated += record.turn - truth.turn
-        found.notes.append(f"the store has {record.turn} turns of {truth.turn}")
-    elif record.turn < truth.turn:
-        found.conversations_lost += 1
-        found.notes.append(f"the store has {record.turn} turns of {truth.turn}")
-    elif (record.head, record.token_count) != (truth.head, len(truth.ids)):
-        found.records_wrong += 1
-        found.notes.append(f"the store's hash is {record.head[:8]}, not {truth.head[:8]}")
+    is_same = (record.head, record.token_count) == (truth.head, len(truth.ids))
+    if record.turn == truth.turn and not is_same:
+        note = f"the store's hash is {record.head[:8]}, not {truth.head[:8]}"
+        found.note("records_wrong", note)
     if record.running:
-        found.other += 1
-        found.notes.append("a turn is still claimed")
+        found.note("other", "a turn is still claimed")
     last = truth.messages[-len(stored.messages) :] if stored.messages else []
     if list(stored.messages) != last:
-        found.records_wrong += 1
-        found.notes.append("the transcript is not what was said")
+        found.note("records_wrong", "the transcript is not what was said")
 
 
 def interruptions(turns: Sequence[TurnLog]) -> dict[str, int]:

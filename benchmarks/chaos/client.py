@@ -81,9 +81,6 @@ class TurnLog:
         times = [self.started_s, *(at for at, _ in self.texts), self.ended_s]
         return [(a, b - a) for a, b in pairwise(times)]
 
-    def longest_gap_s(self) -> float:
-        return max(length for _, length in self.silences())
-
 
 class SseReader:
     """Bytes in, (id, data) of whole server-sent events out; half an event stays inside."""

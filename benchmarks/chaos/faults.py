@@ -340,6 +340,7 @@ class Poison:
         rig, workload = stage.rig, stage.workload
         before = await stage.aside(rig.replicas)
         poisoned = ChaosClient(workload.clients[0].options, lambda _: None)
+        stage.guests.append(poisoned)
         await poisoned.create()
         await poisoned.say(workload.ask())
         await workload.reach(workload.random_k() // 2)

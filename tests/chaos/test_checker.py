@@ -186,7 +186,7 @@ def test_a_turn_that_may_fail_must_not_be_committed() -> None:
     logs[2].texts, logs[2].event_ids = [], []
     allowed = frozenset({"turn_quarantined"})
     complaints = check_conversation(logs, stored, truth(), allowed)
-    assert complaints.turns_duplicated == 1
+    assert complaints.counts()["turns_duplicated"] == 1
 
 
 def test_interruptions_are_counted_by_their_reason() -> None:
