@@ -62,7 +62,7 @@ class TurnSignals:
 
     async def ended(self) -> None:
         """Until the last token is there. Raises TurnStopped."""
-        await self._end
+        await asyncio.shield(self._end)
         self.check()
 
     async def pause(self, seconds: float) -> None:
