@@ -26,6 +26,7 @@ from deployments.openai_schema import (
     parse_chat,
     parse_create,
 )
+from deployments.patient_store import PatientStore
 from deployments.rejoin import FollowedReply, Rejoiner
 from deployments.store_errors import store_errors
 from deployments.strict_json import check_object, refuse
@@ -67,7 +68,7 @@ class ChatService:
         self._store = store
         self._engine = engine
         turns = FailoverTurns(engine, failover, self.metrics.turn_called_again)
-        self._opener = TurnOpener(config, store, codec, turns, self.metrics)
+        self._opener = TurnOpener(config, PatientStore(store), codec, turns, self.metrics)
         self._rejoiner = Rejoiner(config, store, codec, engine, self.metrics)
 
     def parse(self, body: object, headers: TurnHeaders = NO_HEADERS) -> ChatRequest:

@@ -19,10 +19,11 @@ from cluster.conversation import (
     TokenIds,
     history_hash,
 )
-from cluster.store import ConversationStore, NotFound, StoreError
+from cluster.store import NotFound, StoreError
 from deployments.errors import ErrorInfo, ServiceError
 from deployments.open_turn import TextStream
 from deployments.openai_sampling import RequestLimits
+from deployments.patient_store import OpeningStore
 from deployments.store_errors import MODEL_CHANGED, input_too_long_info, store_errors
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class FrontConfig:
 class ConversationRecords:
     """Every failure is a ServiceError."""
 
-    def __init__(self, config: FrontConfig, store: ConversationStore, codec: ChatCodec) -> None:
+    def __init__(self, config: FrontConfig, store: OpeningStore, codec: ChatCodec) -> None:
         self._config = config
         self._store = store
         self._codec = codec

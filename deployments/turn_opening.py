@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.conversation import GENESIS, Conversation, Message, TokenIds, new_conversation_id
-from cluster.store import AlreadyExists, ConversationStore, HistoryMatch, NotFound
+from cluster.store import AlreadyExists, HistoryMatch, NotFound
 from deployments import openai_reply as reply
 from deployments.conversation_records import (
     MAX_OPENING_BYTES,
@@ -30,6 +30,7 @@ from deployments.failover import FailoverTurns
 from deployments.metrics import ServiceMetrics
 from deployments.open_turn import Decoding, OpenTurn, TurnItems
 from deployments.openai_schema import ChatRequest
+from deployments.patient_store import OpeningStore
 from deployments.store_errors import KEY_REUSED, store_errors, turn_conflict_info
 from deployments.turn_call import TurnAccepted, TurnCall, TurnDone
 from deployments.turn_identity import (
@@ -44,6 +45,8 @@ _FORK_ON = frozenset(
     {"conversation_busy", "turn_conflict", "model_changed", "conversation_not_found"}
 )
 _MAX_REREADS = 3
+# In the middle of a redeployment: the record is of our model, and the replica is not.
+_OTHER_VERSION = ErrorInfo("not_ready", "The service is being updated; try again later.")
 _UNKNOWN_HEAD = ""
 
 
@@ -77,7 +80,7 @@ class TurnOpener:
     def __init__(
         self,
         config: FrontConfig,
-        store: ConversationStore,
+        store: OpeningStore,
         codec: ChatCodec,
         turns: FailoverTurns,
         metrics: ServiceMetrics,
@@ -259,6 +262,8 @@ class TurnOpener:
             await items.close()
             if step.is_new and _is_nobodys(asked, error):
                 self._records.forget(step.record, running_too=not asked.retriable)
+            if _code_of(error) == "model_changed" and not self._is_old(step.record):
+                raise ServiceError(_OTHER_VERSION) from error
             raise
         decoding = Decoding(
             text=self._codec.text_stream(call.stop),
@@ -339,12 +344,16 @@ class TurnOpener:
         return closed
 
 
+def _code_of(error: BaseException) -> str:
+    return error.info.code if isinstance(error, ServiceError) else ""
+
+
 def _is_nobodys(asked: _Asked, error: BaseException) -> bool:
     """Whether a new conversation whose turn was not accepted is of use to nobody."""
     if not isinstance(error, ServiceError):
         return asked.request.when_left == "cancel"
     # Else its turn may be running, and the client may ask for it again.
-    return not asked.retriable or error.info.code in ("overloaded", "not_ready")
+    return not asked.retriable or error.info.code in ("overloaded", "not_ready", "model_changed")
 
 
 def _check_expectations(request: ChatRequest, record: Conversation) -> None:

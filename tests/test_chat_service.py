@@ -260,7 +260,7 @@ async def test_a_history_whose_conversation_is_running_forks(front: Front) -> No
 
 
 @pytest.mark.parametrize(
-    "code", ["conversation_busy", "turn_conflict", "model_changed", "conversation_not_found"]
+    "code", ["conversation_busy", "turn_conflict", "conversation_not_found"]
 )
 async def test_a_match_that_is_lost_at_the_claim_forks(front: Front, code: str) -> None:
     await front.service.chat(ask(user("a")))
@@ -299,9 +299,9 @@ async def test_another_model_refuses_by_name_and_forks_by_history(front: Front) 
     named = ask(user("b"), conversation=first["conversation"]["id"])
     assert (await refused(front, named)).code == "model_changed"
     calls = len(front.engine.calls)
-    # The fake replica still has the old model and refuses the fork: what counts is what was asked.
+    # The fake replica still has the old model and refuses the fork, as in a redeployment.
     info = await refused(front, ask(user("a"), assistant("Good day."), user("b")))
-    assert info.code == "model_changed"
+    assert info.code == "not_ready"
     assert front.engine.calls[calls].conversation_id != first["conversation"]["id"]
 
 

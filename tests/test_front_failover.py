@@ -8,12 +8,16 @@ import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pytest
 
 from cluster.memory_store import MemoryStore
-from cluster.store import StoreLimits, StoreUnavailable
+from cluster.redis_functions import RedisOptions
+from cluster.redis_store import RedisStore
+from cluster.store import ConversationStore, StoreLimits, StoreUnavailable
 from deployments.chat_service import ChatService
 from deployments.config import Limits, Tunables
 from deployments.conversation_records import FrontConfig
@@ -30,7 +34,9 @@ from deployments.turn_call import (
 from deployments.turn_runner import TurnRunner
 from engine.toy_engine import ToyEngine, ToyText
 from tests.fake_turns import HASTE
+from tests.faulty_proxy import faulty_proxy
 from tests.toy_service import CODEC, SPEC, make_runner
+from tests.valkey_fixture import start_valkey
 
 Body = dict[str, Any]
 Durability = Literal["token", "turn"]
@@ -41,7 +47,7 @@ MAX_TOKENS = 16
 class MortalStore:
     """The store as one replica reaches it; once that is dead, nothing of it gets through."""
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: ConversationStore) -> None:
         self._store = store
         self.dead = False
 
@@ -114,15 +120,17 @@ class Replicas:
 @dataclass(slots=True)
 class World:
     service: ChatService
-    store: MemoryStore
+    store: ConversationStore
     replicas: Replicas
 
 
 @asynccontextmanager
 async def world(
-    durability: Durability = "token", step_delay_s: float = 0.0
+    durability: Durability = "token",
+    step_delay_s: float = 0.0,
+    store: ConversationStore | None = None,
 ) -> AsyncIterator[World]:
-    store = MemoryStore(StoreLimits(input_tokens=1 << 20))
+    store = store or MemoryStore(StoreLimits(input_tokens=1 << 20))
     limited = Limits(max_input_tokens=500)
     tunables = Tunables(limits=limited, durability=durability, store_hold_s=0.1, lease_s=1)
     replicas = []
@@ -145,6 +153,10 @@ async def world(
 
 def ask(text: str, **more: Any) -> Body:
     return {"model": "toy", "messages": [{"role": "user", "content": text}], "seed": 5, **more}
+
+
+def keyed(text: str) -> Body:
+    return ask(text, idempotency_key=f"key of {text}".replace(" ", "-"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,3 +308,86 @@ async def test_who_follows_a_turn_outlives_its_replica() -> None:
         followed += [chunk async for chunk in chunks]
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in followed)
         assert text == (await running)["choices"][0]["message"]["content"]
+
+
+# A real store, in trouble.
+
+
+async def test_lost_replies_of_the_store_change_nothing(redis_url: str) -> None:
+    async with world() as undisturbed:
+        due = await converse(undisturbed, False, None, ignore_eos=True)
+    with TemporaryDirectory(prefix="ss-") as directory:
+        async with faulty_proxy(redis_url, f"{directory}/proxy.sock") as proxy:
+            options = RedisOptions(timeout_s=0.5, attempts=3, backoff_s=0.01)
+            store = await RedisStore.connect(proxy.url, options=options)
+            try:
+                async with world(store=store, step_delay_s=0.002) as disturbed:
+                    names = ["create", "begin", "checkpoint", "commit", "get", "transcript"]
+                    proxy.lose = names * 2
+                    told = await converse(disturbed, True, 5, ignore_eos=True)
+            finally:
+                await store.close()
+    assert proxy.lost >= 8
+    assert said(told) == said(due)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_store_that_restarts_is_waited_for(stream: bool) -> None:
+    async with world() as undisturbed:
+        due = await converse(undisturbed, False, None, ignore_eos=True)
+    with TemporaryDirectory(prefix="ss-") as directory:
+        options = ("--appendonly", "yes", "--appendfsync", "always")
+        server = start_valkey(Path(directory), *options)
+        limits = StoreLimits(recovery_s=0.2)
+        store = await RedisStore.connect(server.url, limits)
+        try:
+            async with world(store=store, step_delay_s=0.01) as disturbed:
+                conversing = asyncio.create_task(converse(disturbed, stream, None, ignore_eos=True))
+                while len(disturbed.replicas.calls) < 2:  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.05)
+                server.process.kill()
+                server.process.wait()
+                server = await asyncio.to_thread(start_valkey, Path(directory), *options)
+                told = await conversing
+        finally:
+            await store.close()
+            server.process.kill()
+            server.process.wait()
+    assert said(told) == said(due)
+
+
+@pytest.mark.parametrize("trouble", ["down", "full"])
+async def test_a_store_in_trouble_is_503_and_nothing_is_lost(trouble: str) -> None:
+    with TemporaryDirectory(prefix="ss-") as directory:
+        server = start_valkey(Path(directory), "--appendonly", "yes")
+        options = RedisOptions(timeout_s=0.2, attempts=2, backoff_s=0.01)
+        store = await RedisStore.connect(server.url, StoreLimits(recovery_s=0.1), options)
+        try:
+            async with world(store=store) as one:
+                first = await one.service.chat(ask("one"))
+                named = first["conversation"]["id"]
+                if trouble == "down":
+                    server.process.kill()
+                    server.process.wait()
+                else:
+                    with server.client() as admin:
+                        admin.config_set("maxmemory", 1)
+                for body in (ask("two", conversation=named), ask("new"), keyed("new")):
+                    with pytest.raises(ServiceError, match="store_unavailable") as caught:
+                        await one.service.chat(body)
+                    assert caught.value.info.kind.retry_after_s
+                if trouble == "down":
+                    server = await asyncio.to_thread(
+                        start_valkey, Path(directory), "--appendonly", "yes"
+                    )
+                else:
+                    with server.client() as admin:
+                        admin.config_set("maxmemory", 0)
+                second = await one.service.chat(ask("two", conversation=named))
+                assert second["conversation"]["turn"] == 2
+                assert (await one.service.chat(keyed("new")))["conversation"]["turn"] == 1
+        finally:
+            await store.close()
+            server.process.kill()
+            server.process.wait()

@@ -92,6 +92,14 @@ def test_dead_or_draining_owner_leaves_the_conversation_free() -> None:
     assert POLICY.decide("conv", ["b"], [A, leaving], 0.0) == Placed("a", "owner_lost")
 
 
+def test_a_replica_just_seen_dead_is_asked_only_when_there_is_no_other() -> None:
+    assert POLICY.decide("conv", ["b"], [A, B], 0.0, avoid="b") == Placed("a", "owner_lost")
+    assert POLICY.decide("conv", ["a", "b"], [A, B], 0.0, avoid="a") == Placed("b", "owner")
+    assert POLICY.decide("conv", [], [A, B], 0.0, avoid="b") == Placed("a", "new")
+    assert POLICY.decide("conv", ["b"], [B], 0.0, avoid="b") == Placed("b", "owner")
+    assert POLICY.decide("conv", ["b"], [A, B], 0.0, avoid="gone") == Placed("b", "owner")
+
+
 def test_first_known_living_owner_wins() -> None:
     assert POLICY.decide("conv", ["", "gone", "a", "b"], [A, B], 0.0) == Placed("a", "owner")
 

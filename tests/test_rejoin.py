@@ -560,7 +560,7 @@ async def test_a_reply_from_before_the_change_is_still_found(front: Front) -> No
     ("error", "code", "retry_after"),
     [
         (StoreUnavailable("out of memory"), "store_unavailable", "2"),
-        (Recovering(1.2), "store_recovering", "2"),
+        (Recovering(11.0), "store_recovering", "11"),
     ],
 )
 async def test_a_store_in_trouble_has_its_status(

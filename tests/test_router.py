@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from ray.serve._private.test_utils import FakeRunningReplica
 from cluster.conversation import GENESIS
 from deployments.conversation_router import ConversationRouter
 from deployments.errors import ServiceError
-from deployments.turn_call import TurnCall
+from deployments.turn_call import FollowCall, TurnCall
 from engine.sampling import SamplingParams
 
 
@@ -98,6 +99,32 @@ def test_new_conversations_spread_before_statistics_catch_up_and_then_stay() -> 
         router.update_replicas([Replica("a", 0), Replica("b", 0), Replica("c", 99)])
         assert [await choose(router, call(f"conv_{n}")) for n in range(8)] == first
         assert await choose(router, call("conv_new")) == "c"
+
+    run(scenario)
+
+
+def test_a_call_made_again_avoids_the_replica_that_was_lost() -> None:
+    """Also while Ray still lists it, and the conversation then stays where it went."""
+
+    async def scenario() -> None:
+        router = make_router(Replica("a"), Replica("b", 1))
+        assert await choose(router, call("conv_1", "a")) == "a"
+        again = dataclasses.replace(call("conv_1", "a"), avoid="a", steal=True)
+        assert await choose(router, again) == "b"
+        assert await choose(router, call("conv_1")) == "b"
+
+    run(scenario)
+
+
+def test_who_follows_a_turn_goes_to_its_owner_or_nowhere() -> None:
+    async def scenario() -> None:
+        router = make_router(Replica("a"), Replica("b"))
+        for owner in "ab":
+            following = request(FollowCall("t", "conv_1", owner))
+            replica = await router._choose_replica_for_request(following)
+            assert str(replica.replica_id.unique_id) == owner
+        with pytest.raises(ServiceError, match="replica_lost"):
+            await router._choose_replica_for_request(request(FollowCall("t", "conv_1", "gone")))
 
     run(scenario)
 
