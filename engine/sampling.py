@@ -52,7 +52,8 @@ _LIKELY = 1e-3
 class SamplingParams:
     """How to draw tokens. `temperature` 0 is greedy; `seed` keys Philox (64 bits).
 
-    `top_k` 0, `top_p` 1 and `min_p` 0 keep every token; `dry_multiplier` 0 lets text repeat. `logit_bias` is (token id, bias) pairs.
+    `top_k` 0, `top_p` 1 and `min_p` 0 keep every token; `dry_multiplier` 0 lets text repeat.
+    `logit_bias` is (token id, bias) pairs.
     Raises ValueError, its message starting with the field's name, for a value out of range.
     """
 
