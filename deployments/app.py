@@ -26,6 +26,8 @@ from engine_build.demo import sinkserve_home
 INGRESS_CPUS = 0.1
 MAX_OPEN_REQUESTS = 1000
 STATS_LAG_PERIODS = 4
+HEALTH_CHECK_PERIOD_S = 2.0
+"""Serve notices a dead actor when it next looks at it."""
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -70,7 +72,7 @@ def replica_options(config: ServiceConfig) -> dict[str, Any]:
         "user_config": config.user_config(),
         "graceful_shutdown_timeout_s": config.drain_s + 10.0,
         "graceful_shutdown_wait_loop_s": 0.5,
-        "health_check_period_s": 2.0,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {
             "num_cpus": config.cpus_per_replica,
@@ -87,5 +89,6 @@ def ingress_options(config: ServiceConfig) -> dict[str, Any]:
         "max_ongoing_requests": MAX_OPEN_REQUESTS,
         "user_config": config.user_config(),
         "graceful_shutdown_timeout_s": config.drain_s + 10.0,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "ray_actor_options": {"num_cpus": INGRESS_CPUS},
     }
