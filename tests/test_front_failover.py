@@ -129,10 +129,16 @@ async def world(
     durability: Durability = "token",
     step_delay_s: float = 0.0,
     store: ConversationStore | None = None,
+    store_hold_s: float = 0.1,
 ) -> AsyncIterator[World]:
     store = store or MemoryStore(StoreLimits(input_tokens=1 << 20))
     limited = Limits(max_input_tokens=500)
-    tunables = Tunables(limits=limited, durability=durability, store_hold_s=0.1, lease_s=1)
+    tunables = Tunables(
+        limits=limited,
+        durability=durability,
+        store_hold_s=store_hold_s,
+        lease_s=max(1.0, store_hold_s),
+    )
     replicas = []
     for name in ("r1", "r2", "r3"):
         own = MortalStore(store)
@@ -321,7 +327,7 @@ async def test_lost_replies_of_the_store_change_nothing(redis_url: str) -> None:
             options = RedisOptions(timeout_s=0.5, attempts=3, backoff_s=0.01)
             store = await RedisStore.connect(proxy.url, options=options)
             try:
-                async with world(store=store, step_delay_s=0.002) as disturbed:
+                async with world(store=store, step_delay_s=0.002, store_hold_s=20) as disturbed:
                     names = ["create", "begin", "checkpoint", "commit", "get", "transcript"]
                     proxy.lose = names * 2
                     told = await converse(disturbed, True, 5, ignore_eos=True)
@@ -341,7 +347,7 @@ async def test_a_store_that_restarts_is_waited_for(stream: bool) -> None:
         limits = StoreLimits(recovery_s=0.2)
         store = await RedisStore.connect(server.url, limits)
         try:
-            async with world(store=store, step_delay_s=0.01) as disturbed:
+            async with world(store=store, step_delay_s=0.01, store_hold_s=20) as disturbed:
                 conversing = asyncio.create_task(converse(disturbed, stream, None, ignore_eos=True))
                 while len(disturbed.replicas.calls) < 2:  # noqa: ASYNC110 - nothing tells
                     await asyncio.sleep(0.001)
