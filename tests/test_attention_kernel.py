@@ -154,8 +154,7 @@ class Bench:
         return [qkv, np.ascontiguousarray(angles), table, self.cache, *(self.norms or ())]
 
     def step(self, rows: list[Part], qkv: Floats) -> Floats:
-        (out,) = self.kernel(*self.inputs(rows, qkv))
-        result: Floats = np.asarray(out, np.float32)
+        result: Floats = self.kernel(*self.inputs(rows, qkv))[0]
         return result
 
     def error(
