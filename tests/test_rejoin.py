@@ -208,6 +208,20 @@ async def test_a_fork_is_found_again(front: Front) -> None:
     assert sorted(await turns_of(front)) == [1, 2]
 
 
+async def test_a_fork_is_found_again_though_its_match_is_free_by_now(front: Front) -> None:
+    first = await front.service.chat(ask(user("a")))
+    history = [user("a"), {"role": "assistant", "content": REPLY}, user("b")]
+    script = Script(gate=asyncio.Event())
+    front.engine.scripts.append(script)
+    chunks = front.service.chat_stream(ask(user("?"), conversation=first["conversation"]["id"]))
+    await anext(chunks)
+    await script.at_gate.wait()
+    fork = await front.service.chat(keyed(*history))
+    await chunks.aclose()
+    assert await another(front).chat(keyed(*history)) == fork
+    assert sorted(await turns_of(front)) == [1, 1]
+
+
 @pytest.mark.parametrize("expectation", ["turn", "head"])
 async def test_a_stale_view_under_a_known_key_is_no_conflict(
     front: Front, expectation: str
