@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -91,8 +90,9 @@ class TurnRunner:
 
     def stats(self) -> ReplicaStats:
         """Figures for health and metrics."""
-        stats = self._parts.loop.stats(0)
-        values: dict[str, Any] = {
+        stats, turns = self._parts.loop.stats(0), self._host.figures
+        gate, watch = self._host.gate.figures, self._host.watch.figures
+        values: dict[str, float] = {
             "running_turns": stats.running,
             "waiting_turns": stats.waiting,
             "resident_conversations": stats.clean_slots,
@@ -102,9 +102,19 @@ class TurnRunner:
             "engine_steps": stats.num_steps,
             "prefilled_tokens": stats.prefilled_tokens,
             "generated_tokens": stats.generated_tokens,
+            "committed_turns": turns.committed_turns,
+            "refused_turns": turns.refused_turns,
+            "cancelled_turns": turns.cancelled_turns,
+            "joined_turns": turns.joined_turns,
+            "resumed_turns": turns.resumed_turns,
+            "fenced_turns": turns.fenced_turns,
+            "handed_over_turns": turns.handed_over_turns,
+            "checkpoints": gate.checkpoints,
+            "checkpointed_tokens": gate.checkpointed_tokens,
+            "held_s": gate.held_s,
+            "store_restarts": watch.store_restarts,
+            "repaired_conversations": watch.repaired_conversations,
         }
-        for figures in (self._host.figures, self._host.gate.figures, self._host.watch.figures):
-            values |= dataclasses.asdict(figures)
         return ReplicaStats(self._parts.replica, {k: float(v) for k, v in values.items()})
 
     def check_health(self, step_timeout_s: float) -> None:

@@ -71,9 +71,9 @@ class MortalReplica:
         tunables: Tunables | None = None,
     ) -> None:
         self.store = MortalStore(store, dies_at)
-        self.runner: TurnRunner = make_runner(self.store, name, engine, tunables)  # type: ignore[arg-type]
+        self.runner: TurnRunner = make_runner(self.store, name, engine, tunables)
         self.items: list[TurnItem] = []
-        self._reading: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def shown(self) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class MortalReplica:
                 if not self.store.died.is_set():
                     self.items.append(item)
 
-        self._reading = asyncio.create_task(read())
+        self._tasks.append(asyncio.create_task(read()))
 
     async def kill(self) -> None:
         """Now. Its engine's thread goes; its tasks stay where they are, as a dead process's do."""

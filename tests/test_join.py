@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def slow_runner(store: MemoryStore, name: str = "r1") -> TurnRunner:
     return make_runner(store, name, ToyEngine(SPEC, 4, TEXT, step_delay_s=0.003))
 
 
-def keyed(talk: Talk, max_tokens: int = 60, **more: object) -> TurnCall:
+def keyed(talk: Talk, max_tokens: int = 60, **more: Any) -> TurnCall:
     return talk.call("x", max_tokens, ignore_eos=True, key="k", request_hash=BODY, **more)
 
 
@@ -210,7 +211,8 @@ def test_a_turn_that_is_to_be_finished_is_whoever_leaves(joiner_finishes: bool) 
             assert done.usage.output_tokens == 40
             assert done.finish_reason == "length"
             assert isinstance(items[0], TurnAccepted)
-        talk.accept(call, done)
+            last = done
+        talk.accept(call, last)
         await talk.say(runner, "next")
         await runner.close()
         await other.close()

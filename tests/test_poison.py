@@ -116,7 +116,7 @@ def test_turns_resume_one_at_a_time_and_those_that_wait_are_not_claimed() -> Non
         store.go.set()
         first, heir = fragile(store, "first"), fragile(store, "heir")
         talks = [await Talk(store).create() for _ in range(3)]
-        calls = [talk.call("hello", 60, ignore_eos=True, key="k") for talk in talks]
+        calls = [talk.call("hello", 150, ignore_eos=True, key="k") for talk in talks]
         streams = [asyncio.create_task(run_turn(first, call)) for call in calls]
 
         async def all_stored() -> bool:
@@ -148,6 +148,12 @@ def test_turns_resume_one_at_a_time_and_those_that_wait_are_not_claimed() -> Non
         await asyncio.wait([rest[waiting]])
         store.go.set()
         assert isinstance((await newcomer)[-1], TurnDone)
+
+        # Once it has a token, the next one resumes beside it.
+        async def side_by_side() -> bool:
+            return heir._parts.loop.stats().running == 2
+
+        await asyncio.wait_for(until(side_by_side), 20)
         for n, (talk, call) in enumerate(zip(talks, calls, strict=True)):
             if n != waiting:
                 done = (await rest[n])[-1]
@@ -182,7 +188,7 @@ def test_a_replica_that_comes_back_shows_nothing_stops_and_frees_its_slot(stoppe
     async def scenario() -> None:
         store = MemoryStore()
         front = Stopped(store)
-        old = make_runner(front, "old", ToyEngine(SPEC, 4, TEXT, step_delay_s=0.003))  # type: ignore[arg-type]
+        old = make_runner(front, "old", ToyEngine(SPEC, 4, TEXT, step_delay_s=0.003))
         heir = make_runner(store, "heir")
         talk = await Talk(store).create()
         call = talk.call("x", 300 if stopped_at == "a token" else 12, ignore_eos=True, key="k")

@@ -760,6 +760,7 @@ def test_a_dead_engine_is_unhealthy_and_its_conversations_live_on() -> None:
         done = (await run_turn(heir, replace(call, steal=True)))[-1]
         assert isinstance(done, TurnDone), done
         talk.accept(call, done)
+        assert heir.stats().values["resumed_turns"] == 1
         await talk.say(heir, "two")
         await runner.close()
         await heir.close()
@@ -861,6 +862,8 @@ def test_closing_without_time_hands_running_turns_over() -> None:
         done = (await run_turn(heir, replace(call, steal=True, shown_ids=shown)))[-1]
         assert isinstance(done, TurnDone), done
         talk.accept(call, done)
+        # Not begun anew: what was stored and not shown yet is part of it.
+        assert heir.stats().values["resumed_turns"] == 1
         await heir.close()
 
     run(scenario)

@@ -47,7 +47,8 @@ def test_every_cut_of_a_turn_is_invisible() -> None:
     async def scenario() -> None:
         store = MemoryStore()
         heir = make_runner(store, "heir", ToyEngine(SPEC, max_resident=4, text=TEXT))
-        lengths, due = set(), ()
+        lengths: set[int] = set()
+        due: tuple[int, ...] = ()
         for k in range(CUTS):
             talk = await Talk(store).create()
             call = talk.call("count", max_tokens=CUTS, ignore_eos=True, key="k")

@@ -131,8 +131,9 @@ async def test_committed_turns_that_the_store_lost_are_put_back(
         if n == saved_after:
             old = await env.save()
         call = talk.call(f"{n}", key=f"key {n}")
-        done = (await run_turn(runner, call))[-1]
-        assert isinstance(done, TurnDone)
+        last = (await run_turn(runner, call))[-1]
+        assert isinstance(last, TurnDone)
+        done = last
         talk.accept(call, done)
     # The watch must have seen this life before the next one begins.
     await asyncio.sleep(0.6)
