@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.conversation import Checkpoint
+from cluster.conversation import Checkpoint, Conversation, TurnCommit
 from cluster.memory_store import MemoryStore
 from cluster.store import StoreError, StoreLimits, StoreUnavailable
 from deployments.config import Limits, Tunables
@@ -174,6 +174,53 @@ async def test_what_another_replica_has_gone_on_with_is_not_put_back(env: Any) -
     await talk.say(runner, "three")
     await runner.close()
     await other.close()
+
+
+class Pulseless(MemoryStore):
+    """Restarts without a sign: only the answers to writes tell. Forgets all before commit number `at`."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__(StoreLimits(recovery_s=0.0))
+        self.env = MemoryEnv(self, HandClock())
+        self.commits_left = at
+
+    async def pulse(self) -> str:
+        return "always the same"
+
+    async def commit(self, commit: TurnCommit) -> Conversation:
+        self.commits_left -= 1
+        if not self.commits_left:
+            await self.env.roll_back(({}, {}, {}))
+        return await super().commit(commit)
+
+
+async def test_a_checkpoint_that_finds_an_older_store_repairs_it() -> None:
+    store = Pulseless()
+    runner = slow_runner(store)
+    talk = await Talk(store).create()
+    await talk.say(runner, "one")
+    old = await store.env.save()
+    call = talk.call("x", 150, ignore_eos=True)
+    reading = Reading(runner, call)
+    await reading.has(30)
+    await store.env.roll_back(old)
+    done = await reading.last()
+    assert isinstance(done, TurnDone), done
+    assert reading.shown == tuple(talk.due(call))
+    talk.accept(call, done)
+    await runner.close()
+
+
+async def test_a_commit_that_finds_an_empty_store_repairs_it() -> None:
+    store = Pulseless(at=2)
+    runner = slow_runner(store)
+    talk = await Talk(store).create()
+    await talk.say(runner, "one")
+    await talk.say(runner, "two", max_tokens=5)
+    record = await store.get(TENANT, talk.conversation_id)
+    assert (record.turn, record.head, record.num_messages) == (2, talk.head, 4)
+    await talk.say(runner, "three")
+    await runner.close()
 
 
 class Away(MemoryStore):
