@@ -134,7 +134,8 @@ class Bench:
         if self.shape.qk_norm:
             scale[:] = 1.0
         scale[(self.shape.heads + self.shape.kv_heads) * self.shape.dim :] = 1.0
-        return (self.rng.standard_normal((tokens, self.shape.width)) * scale).astype(np.float32)
+        values: Floats = self.rng.standard_normal((tokens, self.shape.width)) * scale
+        return values.astype(np.float32)
 
     def inputs(self, rows: list[Part], qkv: Floats) -> list[npt.NDArray[Any]]:
         positions = [
