@@ -259,9 +259,7 @@ async def test_a_history_whose_conversation_is_running_forks(front: Front) -> No
     assert fork["conversation"]["id"] != (await running)["conversation"]["id"]
 
 
-@pytest.mark.parametrize(
-    "code", ["conversation_busy", "turn_conflict", "conversation_not_found"]
-)
+@pytest.mark.parametrize("code", ["conversation_busy", "turn_conflict", "conversation_not_found"])
 async def test_a_match_that_is_lost_at_the_claim_forks(front: Front, code: str) -> None:
     await front.service.chat(ask(user("a")))
     history = [user("a"), assistant("Good day."), user("b")]

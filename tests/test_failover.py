@@ -243,9 +243,8 @@ class Scripted:
                 raise item
             yield item
 
-    async def follow(self, call: FollowCall) -> AsyncGenerator[TurnItem, None]:
+    def follow(self, call: FollowCall) -> AsyncGenerator[TurnItem, None]:
         raise AssertionError(call)
-        yield
 
 
 def accepted(replica: str = "r1", turn: int = 1) -> TurnItem:
