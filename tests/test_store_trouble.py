@@ -223,6 +223,64 @@ async def test_a_commit_that_finds_an_empty_store_repairs_it() -> None:
     await runner.close()
 
 
+class LateAnswers(MemoryStore):
+    """Checkpoints take effect at once; while `late`, their answers come after a second and a half."""
+
+    late = False
+
+    def __init__(self) -> None:
+        super().__init__(LIMITS)
+        self.ks: list[int] = []
+
+    async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
+        self.ks += [one.k for one in batch]
+        answers = await super().checkpoint(batch)
+        if self.late:
+            await asyncio.sleep(1.5)
+        return answers
+
+
+async def test_a_repair_that_meets_a_later_checkpoint_of_the_same_turn_is_no_loss() -> None:
+    store = LateAnswers()
+    runner = slow_runner(store)
+    talk = await Talk(store).create()
+    call = talk.call("x", 200, ignore_eos=True)
+    reading = Reading(runner, call)
+    await reading.has(20)
+    store.late = True
+    await asyncio.sleep(0.2)
+    # Noticed, and repaired with what was acknowledged, while a checkpoint's answer is on its way.
+    store.restart()
+    await asyncio.sleep(1.0)
+    store.late = False
+    done = await reading.last()
+    assert isinstance(done, TurnDone), done
+    assert runner.stats().values["store_restarts"] == 1
+    talk.accept(call, done)
+    await runner.close()
+
+
+async def test_a_resumed_turn_stores_only_what_is_new() -> None:
+    store = LateAnswers()
+    runner, heir = slow_runner(store), make_runner(store, "r2")
+    talk = await Talk(store).create()
+    call = talk.call("x", 60, ignore_eos=True, key="k")
+    reading = Reading(runner, call)
+    await reading.has(20)
+    runner.hand_over()
+    await reading.last()
+    running = store._records[talk.conversation_id].running
+    assert running is not None
+    stored = len(running.output_ids)
+    store.ks.clear()
+    done = (await run_turn(heir, replace(call, steal=True, shown_ids=reading.shown)))[-1]
+    assert isinstance(done, TurnDone), done
+    assert min(store.ks) == stored
+    talk.accept(call, done)
+    await runner.close()
+    await heir.close()
+
+
 class Away(MemoryStore):
     """Checkpoints find no store while `away`; `lag_s` is how long each takes else."""
 
