@@ -39,7 +39,7 @@ Json = dict[str, Any]
 GAP_BAR_S = 3.0
 PATIENCE_S = 90.0
 CONTROL_PATIENCE_S = 20.0
-ENGINES = {"toy": (TOY_MODEL, 200), "demo": (DEMO_MODEL, 60)}
+ENGINES = {"toy": (TOY_MODEL, 128), "demo": (DEMO_MODEL, 60)}
 """Model and longest turn, tokens."""
 
 

@@ -24,6 +24,7 @@ from benchmarks.chaos.workload import Scale, Workload
 from cluster.redis_store import RedisStore
 from cluster.store import NotFound
 from deployments.auth import DEFAULT_TENANT
+from deployments.config import TOY_MODEL
 from deployments.text import ChatCodec
 from engine.toy_engine import BYTE_VOCAB
 
@@ -169,7 +170,8 @@ async def run_episode(rig: Rig, fault: Fault, options: ClientOptions, scale: Sca
         conversations=len(workload.clients),
         interrupted=broken,
         gaps_s=[wound.gap_s() for wound in healed],
-        restores_s=[wound.restore_s() for wound in healed],
+        # What the replay takes is known of the toy alone.
+        restores_s=[wound.restore_s() if options.model == TOY_MODEL else 0.0 for wound in healed],
         lasted_s=time.monotonic() - started_s,
     )
 
@@ -181,7 +183,7 @@ async def check_clients(stage: Stage, clients: list[ChaosClient]) -> Violations:
     try:
         for client in clients:
             stored = await _stored(store, client.conversation_id)
-            if client.options.model == "toy":
+            if client.options.model == TOY_MODEL:
                 truth = TrueLog(toy_model(BYTE_VOCAB), CAPACITY, ChatCodec.for_toy())
                 one = check_conversation(client.turns, stored, truth, stage.may_fail(client))
             else:

@@ -17,7 +17,7 @@ class Scale:
     """How many clients, how long their turns are at most, and the seed of all they choose."""
 
     num_clients: int = 5
-    max_tokens: int = 200
+    max_tokens: int = 128
     seed: int = 0
 
 
