@@ -12,8 +12,13 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from cluster.redis_functions import library_text
+from deployments.output_gate import Lane, OutputGate
+from deployments.store_watch import StoreWatch
+from deployments.turn_task import TurnTask
+from engine.turn import TurnEvent
 from tests.sim.backends import RedisBackend
 from tests.sim.mutants import Mutant
+from tests.sim.real_replica import REAL
 from tests.sim.replica_mutants import REPLICA_MUTANTS
 from tests.sim.store_mutants import STORE_MUTANTS
 from tests.sim.world import Outcome, Plan, simulate
@@ -32,7 +37,7 @@ def first_kill(mutant: Mutant, plans: Iterable[Plan], server: ValkeyServer) -> O
     library = mutant.library(library_text())
     for plan in plans:
         outcome = simulate(
-            plan, lambda network: RedisBackend(server, network, library), mutant.make
+            plan, lambda network: RedisBackend(server, network, library), mutant.players
         )
         if outcome.problem:
             return outcome
@@ -46,6 +51,48 @@ def test_a_fault_is_noticed(name: str, valkey_server: ValkeyServer) -> None:
     assert outcome is not None, f"{name}: nobody noticed"
     # By a broken promise, or by code that refuses what cannot be.
     assert outcome.problem.startswith(("Violation", "ValueError")), outcome.report()
+
+
+async def repair_whatever(task: TurnTask) -> bool:
+    """Takes a turn that waits for its claim for one that has been put back."""
+    if task._owned is not None:
+        await task._owned.repair()
+    return True
+
+
+async def repair_nothing(watch: StoreWatch) -> None:
+    """A restart of the store is nobody's business."""
+
+
+def let_through(gate: OutputGate, lane: Lane, event: TurnEvent) -> None:
+    """Shows what the engine says, and stores it later."""
+    lane.deliver([event])
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "name", "fault"),
+    [
+        ("rollback", TurnTask, "repair", repair_whatever),
+        ("rollback", StoreWatch, "_repair_all", repair_nothing),
+        ("calm", OutputGate, "put", let_through),
+    ],
+)
+def test_a_fault_of_production_is_noticed(
+    kind: str,
+    where: type,
+    name: str,
+    fault: object,
+    valkey_server: ValkeyServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(where, name, fault)
+    for seed in range(40):
+        plan = Plan(seed, kind, noisy=False)
+        outcome = simulate(plan, lambda network: RedisBackend(valkey_server, network), REAL)
+        if outcome.problem:
+            assert outcome.problem.startswith("Violation"), outcome.report()
+            return
+    pytest.fail("nobody noticed")
 
 
 def test_one_toy_is_not_enough(valkey_server: ValkeyServer) -> None:

@@ -1,6 +1,6 @@
 """The protocol under seeded faults, interleaved at every store call: see tests/sim/world.py.
 
-One seed by hand:  python -m tests.sim SEED --trace
+One seed by hand:  python -m tests.sim SEED --trace   (and --real for production's replica)
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pytest
 
 from cluster.redis_functions import library_text
 from tests.sim.backends import MemoryBackend, RedisBackend
-from tests.sim.world import KINDS, OpenBackend, Plan, simulate
+from tests.sim.real_replica import REAL
+from tests.sim.world import KINDS, SMALL, Cast, OpenBackend, Plan, simulate
 from tests.valkey_fixture import ValkeyServer
 
 FEW, MANY = 36, 252
@@ -33,11 +34,11 @@ def on_redis(valkey_server: ValkeyServer) -> OpenBackend:
     return lambda network: RedisBackend(valkey_server, network, library)
 
 
-def hold(seeds: Iterable[int], open_backend: OpenBackend) -> Counter[str]:
+def hold(seeds: Iterable[int], open_backend: OpenBackend, players: Cast = SMALL) -> Counter[str]:
     """Every promise holds under every seed; what happened, counted."""
     counts: Counter[str] = Counter()
     for seed in seeds:
-        outcome = simulate(Plan.of(seed), open_backend)
+        outcome = simulate(Plan.of(seed), open_backend, players)
         assert not outcome.problem, outcome.report()
         # Only a store that went back in time under dead owners may lose anything.
         assert outcome.plan.kind == "storm" or not outcome.counts["lost"]
@@ -70,10 +71,29 @@ def test_promises_hold_on_redis_at_length(chunk: int, on_redis: OpenBackend) -> 
         assert counts[event] > 0
 
 
+@pytest.mark.parametrize("chunk", range(4))
+def test_production_holds_them(chunk: int, on_redis: OpenBackend) -> None:
+    """TurnRunner, output gate, store watch and engine loop as they ship, on the same faults."""
+    counts = hold(range(chunk * 18, (chunk + 1) * 18), on_redis, REAL)
+    assert counts["committed"] > 5 * 18
+    for event in ("crash", "restart", "resumed", "repaired"):
+        assert counts[event] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(4))
+def test_production_holds_them_at_length(chunk: int, on_redis: OpenBackend) -> None:
+    counts = hold(range(1000 + chunk * 126, 1000 + (chunk + 1) * 126), on_redis, REAL)
+    assert counts["committed"] > 625
+    for event in ("lost", "poisoned", "quarantined", "key_reused", "delete", "outage"):
+        assert counts[event] > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_is_a_run(kind: str, on_redis: OpenBackend) -> None:
     plan = Plan(7, kind, noisy=True)
     first, second = simulate(plan, on_redis), simulate(plan, on_redis)
     assert first.trace == second.trace
+    assert simulate(plan, on_redis, REAL).trace == simulate(plan, on_redis, REAL).trace
     assert len(first.trace) > 30
     assert simulate(Plan(8, kind, noisy=True), on_redis).trace != first.trace

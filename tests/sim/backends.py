@@ -105,7 +105,8 @@ class RedisBackend:
         self._library = hand_clock(library or library_text())
         self._network = network
         path = server.url.removeprefix("unix://")
-        self._connection: Any = UnixDomainSocketConnection(path=path, protocol=2)
+        kind: Any = UnixDomainSocketConnection  # in part untyped
+        self._connection = kind(path=path, protocol=2)
         self._run("FLUSHALL")
         self._load()
 

@@ -40,6 +40,8 @@ class Claim:
     sent_s: float
     overlapped: bool
     known: bool = False
+    ending: bool = False
+    aborted: bool = False
     run: Run | None = None
     fence: Fence | None = None
     lease_s: float = 0.0
@@ -56,6 +58,7 @@ class Claims:
         self._runs: dict[str, tuple[Run, Claim]] = {}
         self._epochs: dict[int, str] = {}
         self._holder: Claim | None = None
+        self._ever_shown: set[tuple[str, int, int]] = set()
 
     def sent(self, turn: BeginTurn, now_s: float) -> Claim:
         claim = Claim(len(self._all), turn, now_s, bool(self._under_way))
@@ -115,13 +118,17 @@ class Claims:
         claim = self.by_fence(fence)
         # An answer that comes late says nothing about its lease any more.
         claim.lease_s = -1.0
+        claim.ending = True
+        claim.aborted |= aborts
         if aborts:
             self.run_of(claim).may_end = True
 
-    def fenced(self, fence: Fence) -> None:
-        """The store has called this fence an old one: there must have been a later claim."""
+    def fenced(self, fence: Fence, commits: bool) -> None:
+        """The store has called this fence an old one: there must have been a later claim, or an end of
+        its own."""
         claim = self.by_fence(fence)
-        if not claim.overlapped and claim is self._all[-1]:
+        mine = claim.aborted or (claim.ending and not commits)
+        if not claim.overlapped and not mine and claim is self._all[-1]:
             raise Violation(f"{claim.turn.key}: the latest claim of all was fenced")
 
     def quarantined(self, claim: Claim, may_lack: bool) -> None:
@@ -131,17 +138,25 @@ class Claims:
         if self._tries[claim.turn.key] < 2 and not may_lack:
             raise Violation(f"{claim.turn.key}: quarantined without two lost owners in a row")
 
-    def shown(self, replica: str, key: str, k: int, tokens: tuple[int, ...]) -> None:
-        """`replica` has shown a client tokens `k`, `k` + 1, ... of the turn."""
+    def shown(
+        self, replica: str, key: str, k: int, tokens: tuple[int, ...], may_lack: bool
+    ) -> None:
+        """`replica` has shown a client tokens `k`, `k` + 1, ... of the turn. What the store has lost
+        since it was shown may be shown again."""
         owned = [c for c in self._all if c.run and (c.turn.replica, c.turn.key) == (replica, key)]
         if not owned and key not in self._runs:
             raise Violation(f"{replica} streams {key}, which nobody was given")
-        run = self.run_of(owned[-1]) if owned else self._runs[key][0]
+        run = self._runs[key][0] if key in self._runs else self.run_of(owned[-1])
+        if owned and run.stored[k : k + len(tokens)] != list(tokens):
+            # Not what the turn's present owner has stored: then what this replica has.
+            run = self.run_of(owned[-1])
         for place, token in enumerate(tokens, k):
             if run.shown.setdefault(place, token) != token:
                 was = run.shown[place]
                 raise Violation(f"{key}: token {place} is {token}, but was shown as {was}")
-            if run.stored[place : place + 1] != [token]:
+            again = may_lack and (key, place, token) in self._ever_shown
+            self._ever_shown.add((key, place, token))
+            if run.stored[place : place + 1] != [token] and not again:
                 raise Violation(f"{key}: token {place} was shown before it was stored")
 
     def by_fence(self, fence: Fence) -> Claim:
@@ -168,7 +183,9 @@ class Claims:
         """The run that this claim goes on with, or a new one."""
         key = claim.turn.key
         run, began = self._runs.get(key, (None, claim))
-        if run is not None and ownership.resumed and not self._may_hide_a_run(began, claim):
+        lacks = may_lack and run is not None and len(ownership.output_ids) < len(run.stored)
+        certain = not (lacks or self._may_hide_a_run(began, claim))
+        if run is not None and ownership.resumed and certain:
             return run
         late = claim.number < began.number
         lost = run is not None and run.shown and not run.may_end

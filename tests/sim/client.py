@@ -28,7 +28,6 @@ from tests.sim.network import Network
 from tests.sim.toy import FIRST_WORD, POISON, VOCAB
 from tests.sim.virtual import Process
 
-PATIENCE_S = 3.0
 MAX_TRIES = 120
 WAIT_AND_RETRY = (
     *("store_unavailable", "store_recovering", "replica_lost", "conversation_busy"),
@@ -105,6 +104,7 @@ class Habits:
     changes_body: float = 0.05
     without_expectation: float = 0.2
     steals: float = 0.0
+    patience_s: float = 3.0
     poison: float = 0.0
     lies: float = 0.0
 
@@ -234,7 +234,7 @@ class User:
         self, server: Server, call: TurnCall, seen: list[int], quitting: bool
     ) -> TurnDone | TurnRefused | None:
         """The end of one call; None when the client left before it. Raises ReplicaDied, Silence."""
-        patience_s = PATIENCE_S * self._random.uniform(0.5, 1.5)
+        patience_s = self._habits.patience_s * self._random.uniform(0.5, 1.5)
         async with aclosing(listen(server, call, patience_s)) as items:
             async for item in items:
                 match item:
@@ -292,7 +292,7 @@ class User:
             return
         along = replace(call, on_disconnect="finish", steal=steal)
         try:
-            async with aclosing(listen(server, along, PATIENCE_S)) as items:
+            async with aclosing(listen(server, along, self._habits.patience_s)) as items:
                 async for item in items:
                     if isinstance(item, TurnTokens):
                         name = server.process.name
@@ -304,7 +304,7 @@ class User:
         """Another request under the key of a turn that runs: it must not be shown the turn."""
         lie = replace(call, request_hash="a lie", shown_ids=(), steal=False, on_disconnect="finish")
         try:
-            async with aclosing(listen(server, lie, PATIENCE_S)) as items:
+            async with aclosing(listen(server, lie, self._habits.patience_s)) as items:
                 async for item in items:
                     if not isinstance(item, TurnRefused):
                         raise Violation(f"{call.key}: another request was let in: {item}")

@@ -87,7 +87,8 @@ class Ledger:
     def shown(self, replica: str, call: TurnCall, k: int, tokens: tuple[int, ...]) -> None:
         """`replica` has sent tokens `k`, `k` + 1, ... to the client of `call`."""
         self.counts["shown"] += len(tokens)
-        self.known[call.conversation_id].claims.shown(replica, call.key, k, tokens)
+        known = self.known[call.conversation_id]
+        known.claims.shown(replica, call.key, k, tokens, known.may_be_gone)
 
     def done(self, call: TurnCall, seen: list[int], done: TurnDone) -> None:
         """A client was told that its turn is committed, after having seen these tokens of it."""
@@ -103,7 +104,10 @@ class Ledger:
         if call.expect_head is not None and entry.before != call.expect_head:
             raise Violation(f"{name}: went on from another state than the client expected")
         first = known.acknowledged.setdefault(done.turn, (done.head, call.key))
-        if first != (done.head, call.key):
+        if first != (done.head, call.key) and known.may_be_gone:
+            # One of the two was answered in a life of the store that has ended since.
+            known.at_risk.append((done.turn, done.head, call.key))
+        elif first != (done.head, call.key):
             raise Violation(f"{name}: turn {done.turn} was acknowledged for {first} before")
         self.counts["acknowledged"] += 1
 
@@ -134,10 +138,10 @@ class Ledger:
             raise Violation(f"{turn.key}: begun for a foreign tenant")
         known.claims.granted(claim, ownership, now_s, known.may_be_gone)
 
-    def fenced(self, conversation_id: str, fence: Fence) -> None:
-        """The store has called this fence an old one."""
+    def fenced(self, conversation_id: str, fence: Fence, commits: bool = False) -> None:
+        """The store has called this fence of a checkpoint, or of a commit, an old one."""
         if not self.known[conversation_id].may_be_gone:
-            self.claims(conversation_id).fenced(fence)
+            self.claims(conversation_id).fenced(fence, commits)
 
     def proposed(self, commit: TurnCommit, turn: int, before: str) -> None:
         """A replica is about to send this commit of turn number `turn` after hash `before`."""
@@ -196,7 +200,9 @@ class Ledger:
         chain = self._chain(known, record)
         heads = [head for head, _ in chain]
         for turn, (head, key) in known.acknowledged.items():
-            if heads[turn - 1 : turn] != [head]:
+            if heads[turn - 1 : turn] != [head] and known.may_be_gone:
+                self.counts["lost"] += 1
+            elif heads[turn - 1 : turn] != [head]:
                 raise Violation(f"{key}: acknowledged as turn {turn}, but lost")
         for turn, head, key in known.at_risk:
             self.counts["lost"] += heads[turn - 1 : turn] != [head]

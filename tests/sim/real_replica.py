@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -45,7 +46,7 @@ class Idle(Exception):
 class IdleCondition(threading.Condition):
     """In place of the one that the loop's thread sleeps on."""
 
-    def __init__(self, lock: threading.RLock, work: asyncio.Event) -> None:  # type: ignore[valid-type]
+    def __init__(self, lock: Any, work: asyncio.Event) -> None:
         super().__init__(lock)
         self._work = work
 

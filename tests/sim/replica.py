@@ -474,7 +474,9 @@ class SimReplica:
             except (Recovering, StoreUnavailable):
                 raise
             except StoreError as error:
-                self._lose(running, error)
+                # Newer than what was put back may be by a commit of ours whose answer is on its way.
+                if not running.committing:
+                    self._lose(running, error)
         for conversation_id, kept in list(self._kept.items()):
             if conversation_id in self._turns:
                 continue

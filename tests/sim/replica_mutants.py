@@ -186,10 +186,10 @@ def _told(running: Running, head: str, reply: list[int]) -> TurnDone:
 REPLICA_MUTANTS: dict[str, Mutant] = {
     "shows before it stores": Mutant(("crash", "pause"), ShowsBeforeStored),
     "shows what was refused": Mutant(("pause",), ShowsWhatWasRefused),
-    "accepts a stale slot": Mutant(("storm",), AcceptsStaleSlot, noisy=False, start=80),
+    "accepts a stale slot": Mutant(("storm",), AcceptsStaleSlot, noisy=False, start=50),
     "takes a slot for current": Mutant(("calm", "pause"), TakesSlotForCurrent, noisy=False),
     "keeps a dirty slot": Mutant(("pause", "calm"), KeepsDirtySlot, noisy=False),
-    "believes a reply across a roll-back": Mutant(("rollback",), BelievesVoidReply, start=200),
+    "believes a reply across a roll-back": Mutant(("rollback",), BelievesVoidReply),
     "forgets the stored output": Mutant(("crash",), ForgetsStoredOutput, noisy=True),
     "draws a new seed at takeover": Mutant(("crash",), NewSeedAtTakeover, noisy=False),
     "never repairs": Mutant(("rollback",), NeverRepairs),

@@ -115,7 +115,9 @@ STORE_MUTANTS: dict[str, Mutant] = {
         edit=Edit("repair", "keep_results(keys[1], results,", "keep_results(keys[1], {},"),
     ),
     "checkpoint skips a gap": Mutant(
-        ("rollback",), edit=Edit("checkpoint", "if first > folded + #tail then", "if false then")
+        ("rollback",),
+        edit=Edit("checkpoint", "if first > folded + #tail then", "if false then"),
+        start=80,
     ),
     "input is not replayed": Mutant(
         ("crash",),

@@ -180,7 +180,7 @@ class WatchedStore:
         except StoreError as error:
             self._note(f"{what} -> {type(error).__name__}")
             if isinstance(error, Fenced):
-                self._ledger.fenced(commit.conversation_id, commit.fence)
+                self._ledger.fenced(commit.conversation_id, commit.fence, commits=True)
             raise
         self._note(f"{what} -> ok")
         return record

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from cluster.conversation import NewConversation
@@ -70,10 +71,15 @@ class Cast:
 
     make: MakeReplica = SimReplica
     oracle: Oracle = oracle_reply
-    around: Callable[[VirtualLoop], AbstractContextManager[None]] = nullcontext
+    around: Callable[[VirtualLoop], AbstractContextManager[None]] = lambda _: nullcontext()
 
 
 SMALL = Cast()
+
+
+async def _answered(call: Callable[[str, str], Awaitable[object]], *names: str) -> bool:
+    await call(*names)
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +224,9 @@ class World:
             stale=draw.choice((0.0, 0.1)),
             # Who does not say what it expects could not be told of a loss, nor of another's turn.
             without_expectation=0.0 if users > 1 or self.plan.kind == "storm" else 0.3,
-            steals=draw.choice((0.0, 0.2, 0.7)),
+            # To take a turn from a live owner is a fault too, so not beside a roll-back.
+            steals=0.0 if self.plan.kind == "rollback" else draw.choice((0.0, 0.2, 0.7)),
+            patience_s=12.0 if self.plan.kind == "rollback" else 3.0,
             lies=0.1 if self.plan.kind == "calm" else 0.0,
             poison=0.05 if poisonous and draw.random() < 0.5 else 0.0,
         )
@@ -304,7 +312,7 @@ class World:
 
     async def _roll_back_a_moment(self) -> None:
         """To what it was a fraction of a second ago, in the midst of a turn or of its commit."""
-        await self._wait_for("begun")
+        await self._wait_for("begun" if self._random.random() < 0.5 else "shown")
         saved = self._backend.save()
         await self._wait_for("proposed" if self._random.random() < 0.5 else "shown")
         await asyncio.sleep(self._random.uniform(0.0, 0.2))
@@ -399,9 +407,11 @@ class World:
         tenant, conversation_id = known.new.tenant, known.new.conversation_id
         stranger = "bob" if tenant == "ann" else "ann"
         store = self._store
-        for foreign in (store.get, store.transcript, store.delete):
+        foreign: tuple[Callable[[str, str], Awaitable[object]], ...]
+        foreign = (store.get, store.transcript, store.delete)
+        for call in foreign:
             # A foreign id looks like a missing one.
-            if await self._found(lambda call=foreign: call(stranger, conversation_id)) is not None:
+            if await self._found(partial(_answered, call, stranger, conversation_id)):
                 raise Violation("a stranger got an answer")
         record = await self._found(lambda: store.get(tenant, conversation_id))
         if record is None:
