@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 class WatchedReplicas:
     """`replicas`, each call with an eye on its turn's lease.
 
-    The record is looked at after every `silence_s` without an item. A call that no replica has accepted
-    may be waiting for its turn to be claimed, so it is not lost before `unclaimed_s`.
+    The record is looked at after every `silence_s` without an item; the lease must be over in
+    `num_looks` looks in a row. On a machine that is choked this process may wake up before the owner,
+    which then needs a moment to renew its lease. A call that no replica has accepted may be waiting for
+    its turn to be claimed, so it is not lost before `unclaimed_s`.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class WatchedReplicas:
         replicas: ReplicaClient,
         store: ConversationStore,
         silence_s: float = 1.0,
+        num_looks: int = 3,
         unclaimed_s: float = 15.0,
     ) -> None:
         self._replicas = replicas
         self._store = store
         self._silence_s = silence_s
+        self._num_looks = num_looks
         self._unclaimed_s = unclaimed_s
 
     async def stats(self) -> tuple[ReplicaStats, ...]:
@@ -61,6 +65,7 @@ class WatchedReplicas:
     ) -> AsyncGenerator[TurnItem, None]:
         clock, accepted = asyncio.get_running_loop().time, False
         pending: asyncio.Task[TurnItem] | None = None
+        looks_without = 0
         try:
             asked_s = clock()
             while True:
@@ -68,11 +73,16 @@ class WatchedReplicas:
                 await asyncio.wait((pending,), timeout=self._silence_s)
                 if pending.done():
                     item = pending.result()
-                    pending, asked_s = None, clock()
+                    pending, asked_s, looks_without = None, clock(), 0
                     accepted = accepted or isinstance(item, TurnAccepted)
                     yield item
                 elif accepted or clock() - asked_s > self._unclaimed_s:
-                    await self._check_lease(call)
+                    looks_without = 0 if await self._has_lease(call) else looks_without + 1
+                    if looks_without >= self._num_looks:
+                        log.warning(
+                            "the replica of %s hangs: its lease is over", call.conversation_id
+                        )
+                        raise ServiceError(replica_lost_info())
         except StopAsyncIteration:
             return
         finally:
@@ -81,14 +91,12 @@ class WatchedReplicas:
                 await asyncio.wait((pending,))
             await items.aclose()
 
-    async def _check_lease(self, call: TurnCall | FollowCall) -> None:
-        """Raises ServiceError when nobody holds the conversation."""
+    async def _has_lease(self, call: TurnCall | FollowCall) -> bool:
+        """Whether somebody holds the conversation, as far as the store can tell."""
         try:
             record = await self._store.get(call.tenant, call.conversation_id)
         except StoreError as error:
             # It has troubles of its own; the replica may have none.
             log.debug("no look at the lease of %s: %s", call.conversation_id, error)
-            return
-        if not record.running:
-            log.warning("the replica of %s hangs: its lease is over", call.conversation_id)
-            raise ServiceError(replica_lost_info())
+            return True
+        return record.running

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -159,3 +159,30 @@ async def test_leaving_closes_the_call() -> None:
         waiting.cancel()
         await asyncio.wait((waiting,))
     assert replica.left
+
+
+class StutteringStore(MemoryStore):
+    """Sees the lease over in all looks but every third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+        self.often = asyncio.Event()
+
+    async def get(self, tenant: str, conversation_id: str) -> Conversation:
+        self.looks += 1
+        if self.looks == 9:
+            self.often.set()
+        record = await super().get(tenant, conversation_id)
+        return replace(record, running=self.looks % 3 == 0)
+
+
+async def test_a_lease_that_is_renewed_late_is_no_reason() -> None:
+    store, seen = StutteringStore(), list[TurnItem]()
+    replica = Replica([ACCEPTED], [TurnTokens(0, (1,))])
+    await claimed(store, 60.0)
+    reading = asyncio.create_task(read(WatchedReplicas(replica, store, 0.001).turn(CALL), seen))
+    await store.often.wait()
+    replica.go.set()
+    await reading
+    assert seen == [*replica.items, *replica.rest]

@@ -44,13 +44,13 @@ FIELDS: Mapping[str, Any] = {
     "memory_budget_bytes": 16 * (CAPACITY + 16) * 24,
     "owner_wait_s": 20.0,
     "drain_s": 5.0,
-    "lease_s": 3.0,
+    "lease_s": 5.0,
 }
 DEMO_FIELDS: Mapping[str, Any] = {
     "cpus_per_replica": 0.1,
     "threads_per_replica": 1,
     "memory_budget_bytes": 256 << 20,
-    "lease_s": 3.0,
+    "lease_s": 5.0,
     "drain_s": 10.0,
 }
 _SETTINGS = {
