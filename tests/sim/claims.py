@@ -87,6 +87,7 @@ class Claims:
             raise Violation(f"{turn.key}: epoch {fence.epoch} was given out twice")
         self._check_lease(claim, ownership, now_s)
         claim.run, claim.fence = self._run_of(claim, ownership, may_lack), fence
+        claim.run.may_end |= any(other.turn.key != turn.key for other in self._under_way)
         claim.lease_s = claim.sent_s + turn.lease_s
         stored, resumed = claim.run.stored, ownership.output_ids.tolist()
         if resumed[: len(stored)] != (stored[: len(resumed)] if may_lack else stored):
