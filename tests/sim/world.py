@@ -238,6 +238,22 @@ class World:
         if not faults:
             return
         names, weights = list(faults), list(faults.values())
+        actions: dict[str, Callable[[], Awaitable[None]]] = {
+            "crash": self._crash,
+            "pause": self._pause,
+            "pause_until_replaced": self._pause_until_replaced,
+            "forward": self._forward,
+            "back": self._back,
+            "restart": self._restart,
+            "roll_back": self._roll_back,
+            "roll_back_a_moment": self._roll_back_a_moment,
+            "roll_back_and_kill": self._roll_back_and_kill,
+            "roll_back_and_strand": self._roll_back_and_strand,
+            "outage": self._outage,
+            "delete": self._delete,
+            "delete_and_restart": self._delete_and_restart,
+            "expire": self._expire,
+        }
         self._saved.append(self._backend.save())
         while self._loop.now_s < TORMENT_S:
             await asyncio.sleep(self._random.uniform(0.0, 1.0))
@@ -247,7 +263,7 @@ class World:
             [name] = self._random.choices(names, weights)
             self.network.note("fault", name)
             self.ledger.counts[name] += 1
-            await getattr(self, f"_{name}")()
+            await actions[name]()
 
     def _victim(self) -> Process:
         """Mostly the replica that was given a turn last."""
