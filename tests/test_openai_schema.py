@@ -256,7 +256,6 @@ def test_the_hash_is_of_what_is_asked_for() -> None:
         {"model": "n"},
         {"metadata": {"a": ""}},
     ]
-    asked += [{"metadata": {"a": ""}}]
     asked += [{"messages": [{"role": "user", "content": "Ho"}]}, {"temperature": 0}]
     assert len({plain, *[parse(**fields).body_hash for fields in asked]}) == 1 + len(asked)
     # ... and of the conversation that it names, however it names it.

@@ -123,18 +123,22 @@ async def test_a_client_that_leaves_is_noticed(
 ) -> None:
     """Whether or not anything has been sent to it; its new conversation is forgotten."""
     body = {"model": "toy", "messages": HI, "max_tokens": 4096, "ignore_eos": True}
-    before = figures(toy_service, "cancelled_turns")
-    known = await conversations(http)
     payload = json.dumps({**body, "stream": stream}).encode()
-    _, writer = await asyncio.open_connection("127.0.0.1", toy_service.port)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
-    await asyncio.to_thread(toy_service.wait, lambda: figures(toy_service, "running_turns") > 0)
-    writer.close()
-    await asyncio.to_thread(
-        toy_service.wait, lambda: figures(toy_service, "cancelled_turns") == before + 1
-    )
-    assert figures(toy_service, "running_turns") == 0
+    for _ in range(5):
+        before = figures(toy_service, "cancelled_turns")
+        known = await conversations(http)
+        _, writer = await asyncio.open_connection("127.0.0.1", toy_service.port)
+        writer.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
+        await asyncio.to_thread(toy_service.wait, lambda: figures(toy_service, "running_turns") > 0)
+        writer.close()
+        await asyncio.to_thread(
+            toy_service.wait, lambda: figures(toy_service, "running_turns") == 0
+        )
+        # On a machine that is busy enough the whole reply may have come first.
+        if figures(toy_service, "cancelled_turns") > before:
+            break
+    assert figures(toy_service, "cancelled_turns") == before + 1
     async with asyncio.timeout(20):
         while await conversations(http) != known:  # noqa: ASYNC110 - seen over HTTP only
             await asyncio.sleep(0.05)
