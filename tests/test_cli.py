@@ -505,6 +505,50 @@ def test_build_of_nothing_is_an_error(run: Callable[..., Any], tmp_path: Path) -
     assert "does not exist" in result.output
 
 
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    from tests.tiny_models import write_hf_folder
+
+    return write_hf_folder(tmp_path / "model", "llama")
+
+
+def test_build_compiles_the_kernels_too(
+    run: Callable[..., Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def compiled(home: Path, progress: Callable[[str, float], None]) -> Path:
+        assert (tmp_path / "engine" / "manifest.json").is_file()
+        progress("compile the CPU kernels", 0.5)
+        asked.append(home)
+        return home
+
+    monkeypatch.setattr("deployments.local.build.kernel_library", compiled)
+    arguments = ("--out", str(tmp_path / "engine"), "--capacity", "32", "--max-chunk", "16")
+    result = run("build", str(tiny_model), *arguments)
+    assert result.exit_code == 0, result.output
+    assert asked == [tmp_path / "home"]
+    lines = [line for line in result.output.splitlines() if "CPU kernels" in line]
+    assert len(lines) == 1
+    assert "serve it" in result.output
+
+
+def test_build_says_why_the_kernels_do_not_compile(
+    run: Callable[..., Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "bad.c").write_text("int f( [")
+    monkeypatch.setattr("engine.kernels.compile.SOURCES", tmp_path / "sources")
+    arguments = ("--out", str(tmp_path / "engine"), "--capacity", "32", "--max-chunk", "16")
+    result = run("build", str(tiny_model), *arguments)
+    assert result.exit_code == 1
+    assert "error: The CPU kernels could not be compiled" in result.output
+    assert "bad.c" in result.output  # what the compiler said
+    assert "start again" in result.output
+    assert "serve it" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_up_refuses_a_taken_port_and_says_why(tmp_path: Path, detach: bool) -> None:
     # In a process of its own: `up` takes the signals and, at its end, ends all it has for children.

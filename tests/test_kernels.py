@@ -32,9 +32,11 @@ def rounded(x: Floats) -> npt.NDArray[np.float64]:
     tokens, width = x.shape
     halves = -(-width // 32)
     grouped = np.pad(x, ((0, 0), (0, halves * 32 - width))).reshape(tokens, halves, 32)
-    scales = np.abs(grouped).max(axis=-1, keepdims=True) / 127
-    scales[scales == 0] = 1
-    levels = np.rint(grouped / scales)
+    largest = np.abs(grouped).max(axis=-1, keepdims=True)
+    scales = largest / 127
+    largest[largest == 0] = 1
+    # The operator's own float32 arithmetic: a value halfway between two levels goes the same way.
+    levels = np.rint(grouped * (np.float32(127) / largest))
     flat = (levels * scales.astype(np.float64)).reshape(tokens, halves * 32)
     result: npt.NDArray[np.float64] = flat[:, :width]
     return result
@@ -57,10 +59,7 @@ def test_linear_layers(inputs: int, outputs: int, threads: int) -> None:
         wanted = rounded(x) @ exact
         (got,) = plain(x, levels, scales)
         assert got.shape == (tokens, outputs)
-        # A value halfway between two levels may go either way: at most a level of a block's 127.
-        error = np.abs(got - wanted)
-        assert error.max(initial=0) < 1e-4 * inputs + np.abs(weights).max() * 4 / 127
-        assert error.sum() <= 1e-3 * wanted.size
+        assert np.abs(got - wanted).max(initial=0) < 2e-7 * inputs
         assert np.allclose(biased(x, levels, scales, bias)[0], got + bias, atol=1e-5)
 
 
@@ -73,12 +72,13 @@ def test_a_token_alone_and_among_others_is_the_same_to_the_bit() -> None:
 
 
 def test_activations_of_zero_and_of_great_range() -> None:
-    x = np.zeros((3, 128), np.float32)
-    x[1] = 1e-30
+    x = np.zeros((4, 128), np.float32)
+    x[1], x[3] = 1e-30, 1e-38
     x[2, 0], x[2, 32:] = 1e30, 1e-10
     levels, scales = quantise(np.ones((32, 128), np.float32))
     (got,) = run_kernel("BlockLinear", [x, levels, scales], width_in=128, width_out=32)
-    assert (got[0] == 0).all()
+    assert (got[[0, 3]] == 0).all()
+    assert np.allclose(got[1], 128e-30, rtol=0.01, atol=0)
     assert np.allclose(got[2], 1e30, rtol=0.01)
     assert np.isfinite(got).all()
 
@@ -149,7 +149,7 @@ def test_the_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_another_source_flag_or_package_is_another_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {compiling._key()}
+    keys = {compiling._key(), compiling._key("x86_64_v3")}
     monkeypatch.setattr(compiling, "FLAGS", ("-O0",))
     keys.add(compiling._key())
     monkeypatch.setattr(compiling, "_CPUINFO", tmp_path / "nothing")
@@ -159,7 +159,7 @@ def test_another_source_flag_or_package_is_another_library(
     shutil.copy(compiling.SOURCES / "simd.h", tmp_path)
     monkeypatch.setattr(compiling, "SOURCES", tmp_path)
     keys.add(compiling._key())
-    assert len(keys) == 5
+    assert len(keys) == 6
 
 
 def bad_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`sinkserve build`: a checkpoint becomes an engine directory, with progress."""
+"""`sinkserve build`: a checkpoint becomes an engine directory; its CPU kernels are compiled too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from deployments.local.progress import Steps
+from engine.kernels.compile import KernelError, kernel_library
 from engine_build.build import BuildOptions, build_engine
+from engine_build.demo import sinkserve_home
 from engine_build.manifest import ManifestError
 from engine_build.spec import SpecError
 
@@ -21,7 +23,10 @@ def run(source: Path, out: Path, options: BuildOptions, console: Console) -> int
     try:
         with Steps(console).step(f"Building {escape(source.name)}") as step:
             build_engine(source, out, options, step.update)
-    except (SpecError, ManifestError, OSError, ValueError) as error:
+        if options.target == "cpu":
+            with Steps(console).step("CPU kernels") as step:
+                kernel_library(sinkserve_home(), step.update)
+    except (SpecError, ManifestError, KernelError, OSError, ValueError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return 1
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())

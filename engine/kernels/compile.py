@@ -23,7 +23,6 @@ SOURCES = Path(__file__).resolve().parent
 FLAGS = (
     "-std=c11",
     "-O3",
-    "-mcpu=native",
     "-mprefer-vector-width=512",
     "-ffp-contract=fast",
     "-fno-math-errno",
@@ -46,14 +45,17 @@ class KernelError(RuntimeError):
 
 
 def kernel_library(
-    home: Path, progress: Callable[[str, float], None] = lambda step, fraction: None
+    home: Path,
+    progress: Callable[[str, float], None] = lambda step, fraction: None,
+    processor: str = "native",
 ) -> Path:
     """The compiled library under `home`/kernels, made if it is not there yet (about ten seconds).
 
-    Processes that ask at the same time wait for one of them. Raises KernelError.
+    `processor` is what the compiler takes for -mcpu; this machine must be able to run it. Processes that
+    ask at the same time wait for one of them. Raises KernelError.
     """
     folder = home / "kernels"
-    library = folder / f"sinkserve-{_key()}.so"
+    library = folder / f"sinkserve-{_key(processor)}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def kernel_library(
             progress(STEP, 0.0)
             with tempfile.TemporaryDirectory(prefix=".compiling-", dir=folder) as scratch:
                 fresh = Path(scratch) / library.name
-                _compile(fresh, Path(scratch))
+                _compile(fresh, Path(scratch), processor)
                 progress(STEP, 0.8)
                 _check(fresh)
                 fresh.replace(library)
@@ -70,13 +72,14 @@ def kernel_library(
     return library
 
 
-def _compile(library: Path, scratch: Path) -> None:
+def _compile(library: Path, scratch: Path, processor: str) -> None:
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
     caches = {
         "ZIG_GLOBAL_CACHE_DIR": str(scratch / "global"),
         "ZIG_LOCAL_CACHE_DIR": str(scratch / "local"),
     }
-    command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, "-o", str(library), *sources, "-lm"]
+    compiler = [sys.executable, "-m", "ziglang", "cc", *FLAGS, f"-mcpu={processor}"]
+    command = [*compiler, "-o", str(library), *sources, "-lm"]
     _run(command, {**os.environ, **caches}, _COMPILE_TIMEOUT_S, "could not be compiled")
 
 
@@ -115,8 +118,8 @@ def _advice(problem: str, said: str) -> str:
     )
 
 
-def _key() -> str:
-    parts = [*FLAGS, platform.machine(), *_processor()]
+def _key(processor: str = "native") -> str:
+    parts = [*FLAGS, processor, platform.machine(), *_processor()]
     for package in ("ziglang", "onnxruntime"):
         try:
             parts.append(importlib.metadata.version(package))

@@ -3,18 +3,25 @@
 
 #include "simd.h"
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
 
 // What a sum of products starts with so that it ends as that of (weight - 128): weights are stored with 128
-// added, as x86 multiplies unsigned by signed bytes.
-#if defined(__ARM_FEATURE_DOTPROD)
+// added, as VNNI multiplies unsigned by signed bytes.
+#if defined(__ARM_FEATURE_DOTPROD) || (defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__))
 enum { DOT_BIAS = 0 };
 #else
 enum { DOT_BIAS = -128 };
+#endif
+
+// Sums that registers hold: of so many tokens, each with so many vectors of outputs.
+#if defined(__AVX512VNNI__)
+enum { DOT_TOKENS = 8, DOT_VECTORS = 2 };
+#else
+enum { DOT_TOKENS = 4, DOT_VECTORS = 1 };
 #endif
 
 INLINE Ints dot4(Ints sum, const uint8_t *weights, const int8_t *activations) {
@@ -27,6 +34,18 @@ INLINE Ints dot4(Ints sum, const uint8_t *weights, const int8_t *activations) {
     memcpy(halves, &sum, sizeof sum);
     for (int i = 0; i < 2; i++)
         halves[i] = _mm256_dpbusd_avx_epi32(halves[i], _mm256_loadu_si256((const __m256i *)weights + i), all);
+    memcpy(&sum, halves, sizeof sum);
+    return sum;
+#elif defined(__AVX2__)
+    // |weight| <= 128 and |activation| <= 127, so the sum of two products fits 16 bits: 32512 at most.
+    __m256i halves[2], all = _mm256_set1_epi32(four);
+    memcpy(halves, &sum, sizeof sum);
+    for (int i = 0; i < 2; i++) {
+        __m256i stored = _mm256_loadu_si256((const __m256i *)weights + i);
+        __m256i weight = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(all, weight));
+        halves[i] = _mm256_add_epi32(halves[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
     memcpy(&sum, halves, sizeof sum);
     return sum;
 #elif defined(__ARM_FEATURE_DOTPROD)

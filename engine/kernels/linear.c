@@ -18,10 +18,11 @@ enum {
     HALF = BLOCK / 2,
     TILE = 32,
     TILE_VECTORS = TILE / LANES,
-    REGISTER_TOKENS = 8,
     INLINE_INPUTS = 1 << 13,
     ALIGNMENT = 64,
 };
+
+#define SMALLEST 0x1p-120f  // 127 / less than this may overflow
 
 typedef struct {
     const OrtApi *api;
@@ -54,7 +55,7 @@ static void round_token(void *data, size_t token) {
             zero += value * 0.0f;  // or NaN, which no rounding may hide
         }
         const float largest = largest_of(most) + sum_of(zero);
-        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        const float inverse = largest > SMALLEST ? 127.0f / largest : 0.0f;
         int8_t *levels = job->levels + (token * job->halves + half) * HALF;
         int32_t sum = 0;
         for (int i = 0; i < HALF; i++) {
@@ -67,26 +68,27 @@ static void round_token(void *data, size_t token) {
     }
 }
 
-// One tile of outputs for `count` tokens from `first` on.
-INLINE void multiply(const Job *job, const int count, int64_t tile, int64_t first) {
-    const int64_t halves = job->halves;
-    const uint8_t *weights = job->weights + tile * halves * HALF * TILE;
-    const _Float16 *scales = job->scales + tile * job->blocks * TILE;
+// Vectors `first_vector` .. of a tile's outputs, `vectors` of them, for `count` tokens from `first` on.
+INLINE void multiply(const Job *job, const int count, const int vectors, int64_t tile, int first_vector,
+                     int64_t first) {
+    const int64_t halves = job->halves, column = (int64_t)first_vector * LANES;
+    const uint8_t *weights = job->weights + tile * halves * HALF * TILE + 4 * column;
+    const _Float16 *scales = job->scales + tile * job->blocks * TILE + column;
     const int8_t *levels = job->levels + first * halves * HALF;
-    Floats total[REGISTER_TOKENS][TILE_VECTORS];
+    Floats total[DOT_TOKENS][TILE_VECTORS];
     for (int t = 0; t < count; t++)
-        for (int v = 0; v < TILE_VECTORS; v++) total[t][v] = splat(0.0f);
+        for (int v = 0; v < vectors; v++) total[t][v] = splat(0.0f);
     for (int64_t half = 0; half < halves; half++) {
-        Ints sum[REGISTER_TOKENS][TILE_VECTORS];
+        Ints sum[DOT_TOKENS][TILE_VECTORS];
         for (int t = 0; t < count; t++)
-            for (int v = 0; v < TILE_VECTORS; v++)
+            for (int v = 0; v < vectors; v++)
                 sum[t][v] = splat_int(job->starts[(first + t) * halves + half]);
 #pragma clang loop unroll(full)
         for (int k = 0; k < HALF; k += 4, weights += 4 * TILE)
             for (int t = 0; t < count; t++)
-                for (int v = 0; v < TILE_VECTORS; v++)
+                for (int v = 0; v < vectors; v++)
                     sum[t][v] = dot4(sum[t][v], weights + 4 * LANES * v, levels + (t * halves + half) * HALF + k);
-        for (int v = 0; v < TILE_VECTORS; v++) {
+        for (int v = 0; v < vectors; v++) {
             Floats scale = load_half(scales + half / 2 * TILE + v * LANES);
             for (int t = 0; t < count; t++) {
                 Floats product = __builtin_convertvector(sum[t][v], Floats);
@@ -94,9 +96,9 @@ INLINE void multiply(const Job *job, const int count, int64_t tile, int64_t firs
             }
         }
     }
-    const int64_t output = tile * TILE, width = job->outputs - output;
+    const int64_t output = tile * TILE + column, width = job->outputs - output;
     for (int t = 0; t < count; t++)
-        for (int v = 0; v < TILE_VECTORS; v++) {
+        for (int v = 0; v < vectors; v++) {
             const int64_t left = width - v * LANES;
             float *to = job->out + (first + t) * job->outputs + output + v * LANES;
             if (left <= 0) break;
@@ -111,19 +113,22 @@ INLINE void multiply(const Job *job, const int count, int64_t tile, int64_t firs
         }
 }
 
+// A whole tile for `count` tokens. Two tokens or fewer leave registers for all its outputs at once.
+INLINE void multiply_all(const Job *job, const int count, int64_t tile, int64_t first) {
+    const int vectors = count <= 2 ? TILE_VECTORS : DOT_VECTORS;
+    for (int v = 0; v < TILE_VECTORS; v += vectors) multiply(job, count, vectors, tile, v, first);
+}
+
 static void multiply_tile(void *data, size_t tile) {
     const Job *job = data;
     int64_t first = 0;
-    for (; job->tokens - first >= REGISTER_TOKENS; first += REGISTER_TOKENS)
-        multiply(job, REGISTER_TOKENS, (int64_t)tile, first);
-    switch (job->tokens - first) {
-        case 1: multiply(job, 1, (int64_t)tile, first); break;
-        case 2: multiply(job, 2, (int64_t)tile, first); break;
-        case 3: multiply(job, 3, (int64_t)tile, first); break;
-        case 4: multiply(job, 4, (int64_t)tile, first); break;
-        case 5: multiply(job, 5, (int64_t)tile, first); break;
-        case 6: multiply(job, 6, (int64_t)tile, first); break;
-        case 7: multiply(job, 7, (int64_t)tile, first); break;
+    for (; job->tokens - first >= DOT_TOKENS; first += DOT_TOKENS)
+        multiply_all(job, DOT_TOKENS, (int64_t)tile, first);
+    switch (job->tokens - first) {  // less than DOT_TOKENS; no code is made for more
+#define CASE(n) \
+    case n: multiply_all(job, n < DOT_TOKENS ? n : 1, (int64_t)tile, first); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+#undef CASE
     }
 }
 
