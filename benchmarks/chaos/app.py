@@ -129,8 +129,9 @@ class RefusedCheckpoints:
         ) -> list[StoreError | None]:
             answers: list[StoreError | None] = list(await self._checkpoint(store, batch))
             for number, (asked, answer) in enumerate(zip(batch, answers, strict=True)):
-                if isinstance(answer, Fenced) and len(asked.token_ids):
-                    self.counts[asked.fence.nonce] += 1
+                if isinstance(answer, Fenced):
+                    # Without tokens it is a lease renewed.
+                    self.counts[asked.fence.nonce] += len(asked.token_ids) > 0
                     answers[number] = answer if self._tells else None
             return answers
 
