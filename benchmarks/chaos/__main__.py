@@ -157,7 +157,7 @@ def run(state: Run, kills: int, names: Sequence[str], with_controls: bool) -> No
             if name != "head":
                 state.fault(rig, fault)
         for name, control in shared:
-            rig.deploy({"switched_off": list(control.off)})
+            rig.deploy({**control.fields, "switched_off": list(control.off)})
             state.control(rig, name, control)
         if "head" in wanted:
             rig.deploy()

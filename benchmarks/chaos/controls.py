@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.chaos import faults
 from benchmarks.chaos.app import Switch
@@ -18,13 +19,20 @@ class Control:
     without: str = ""
     client_sends_key: bool = True
     keeps_gcs: bool = True
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def controls() -> dict[str, Control]:
     """By the name of the fault. Where a fault is the same to a client as another, that one's counts."""
     return {
         "replica": Control(faults.ReplicaKills(1), ("failover",), "failover in the ingress"),
-        "split_brain": Control(faults.ReplicaStop(), ("fence",), "the fence in the old owner"),
+        "split_brain": Control(
+            faults.ReplicaStop(),
+            ("fence",),
+            "the fence in the old owner",
+            # Nor may it give up because an answer of the store came late.
+            fields={"store_hold_s": 60.0},
+        ),
         "node": Control(faults.NodeKill(), ("failover",), "failover in the ingress"),
         "controller": Control(faults.ControllerKill(), ("failover",), "failover in the ingress"),
         "redeploy": Control(

@@ -120,7 +120,10 @@ class ReplicaStop:
         # One refused step tells the old owner; more would mean that it went on.
         if after[REFUSED] > 1:
             stage.complain(f"the old owner went on for {after[REFUSED]:.0f} refused checkpoints")
-        ended = {name: after[name] - before[name] for name in ("fenced_turns", "cancelled_turns")}
+        ended = {
+            name: after[name] - before[name]
+            for name in ("fenced_turns", "cancelled_turns", "handed_over_turns")
+        }
         return {
             "stopped": victim.name,
             "turns_hit": num_hit,
