@@ -104,13 +104,19 @@ class Run:
             rig.url, CONTROL_PATIENCE_S, sends_key=control.client_sends_key, model=self.model
         )
         found: Json
+        happened: Json = {}
         try:
             episode = asyncio.run(run_episode(rig, control.fault, options, self.scale))
             found = {name: n for name, n in episode.violations.counts().items() if n}
+            happened = episode.evidence
         except NotHappened as error:
             # The cluster did not come back, or the fault's own check failed.
             found = {"did_not_recover": str(error)}
-        self.complaints[name] = {"without": control.without, "complaints": found}
+        self.complaints[name] = {
+            "without": control.without,
+            "happened": happened,
+            "complaints": found,
+        }
         self.say(f"control of {name}: {found or 'NO COMPLAINT'}")
 
     def verdict(self, options: Json) -> Json:

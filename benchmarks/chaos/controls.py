@@ -31,7 +31,7 @@ def controls() -> dict[str, Control]:
             ("fence",),
             "the fence in the old owner",
             # Nor may it give up because an answer of the store came late.
-            fields={"store_hold_s": 60.0},
+            fields={"store_hold_s": 60.0, "lease_s": 1.0},
         ),
         "node": Control(faults.NodeKill(), ("failover",), "failover in the ingress"),
         "controller": Control(faults.ControllerKill(), ("failover",), "failover in the ingress"),
