@@ -13,8 +13,8 @@ TOY = {"model": "toy", "capacity": 32, "max_chunk": 8}
 
 
 def test_the_toy_needs_no_files() -> None:
-    config = load_config({**TOY, "memory_budget_bytes": 16 * (32 + 16) * 5})
-    files = locate_engine(config)
+    files = locate_engine(load_config(TOY))
+    config = load_config({**TOY, "memory_budget_bytes": 5 * files.spec.slot_bytes})
     assert (files.folder, files.spec.capacity) == (None, 32)
     engine = start_engine(config, files, threads=1)
     assert engine.max_resident == 5

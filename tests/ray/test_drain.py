@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.ray_fixture import RayService, run_service
+from tests.ray_fixture import RayService
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
@@ -17,10 +17,14 @@ PATH = "/v1/chat/completions"
 
 
 @pytest.fixture
-def draining_service(ray_cluster: int) -> Iterator[RayService]:
-    """Replicas that wait for two seconds only."""
-    with run_service(ray_cluster, {"drain_s": 2.0}) as service:
+def draining_service(toy_service: RayService) -> Iterator[RayService]:
+    """The shared application with replicas that wait for two seconds only, until the test is over."""
+    service = RayService(toy_service.port, {**toy_service.fields, "drain_s": 2.0})
+    service.deploy()
+    try:
         yield service
+    finally:
+        toy_service.deploy()
 
 
 def stream(service: RayService, texts: dict[int, str], number: int) -> None:
