@@ -30,6 +30,7 @@ from cluster.store import (
     StoreUnavailable,
 )
 from deployments.config import Tunables
+from deployments.task_ending import end_tasks
 from engine.turn import TokenSampled, TurnEvent
 
 log = logging.getLogger(__name__)
@@ -120,9 +121,7 @@ class OutputGate:
 
     async def close(self) -> None:
         """Stop; nothing gets through any more. Idempotent."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(self._tasks)
+        await end_tasks(self._tasks)
 
     async def _run(self) -> None:
         while True:

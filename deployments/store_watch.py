@@ -27,6 +27,7 @@ from cluster.conversation import (
     TurnCommit,
 )
 from cluster.store import ConversationStore, Fenced, NotFound, StoreError
+from deployments.task_ending import end_tasks
 from deployments.turn_claim import TurnClaim
 
 log = logging.getLogger(__name__)
@@ -133,8 +134,7 @@ class StoreWatch:
 
     async def close(self) -> None:
         """Stop watching; idempotent."""
-        self._beat.cancel()
-        await asyncio.wait([self._beat])
+        await end_tasks((self._beat,))
 
     def _known(self, claim: TurnClaim) -> Snapshot | None:
         """What is remembered of the conversation, if the claim goes on from there."""
