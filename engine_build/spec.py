@@ -18,16 +18,31 @@ import numpy as np
 import numpy.typing as npt
 
 RopeScaling = Literal["default", "linear", "llama3", "yarn", "divisors"]
-WeightFormat = Literal["float32", "int8"]
-KvDtype = Literal["float32", "float16"]
-Target = Literal["cpu"]
+WeightFormat = Literal["float32", "int8", "float16", "bfloat16", "float8"]
+KvDtype = Literal["float32", "float16", "bfloat16"]
+Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
 SPEC_VERSION = 2
 
 KV_TILE = 16
 """Places and head dimensions of a kv_slot are padded to multiples of this: kernels read whole tiles."""
 
-_KV_BYTES: Mapping[KvDtype, int] = {"float32": 4, "float16": 2}
+TARGET_FORMATS: Mapping[Target, tuple[WeightFormat, ...]] = {
+    "cpu": ("int8", "float32"),
+    "cuda": ("bfloat16", "float16", "float8", "float32"),
+    "tensorrt": ("bfloat16", "float16", "float32"),
+    "tensorrt-rtx": ("bfloat16", "float16", "float32"),
+}
+"""Weight formats that each target runs, its default first."""
+
+_KV_BYTES: Mapping[KvDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+_KV_DTYPES: Mapping[WeightFormat, KvDtype] = {
+    "float32": "float32",
+    "int8": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float8": "bfloat16",
+}
 
 
 class SpecError(ValueError):
@@ -119,7 +134,7 @@ class RopeSpec:
 
 def kv_dtype_for(weight_format: WeightFormat) -> KvDtype:
     """The exact variant keeps an exact cache; 8-bit weights lose more than 16-bit keys do."""
-    return "float32" if weight_format == "float32" else "float16"
+    return _KV_DTYPES[weight_format]
 
 
 def _padded(count: int) -> int:
@@ -182,14 +197,30 @@ class EngineSpec:
         if self.weight_format not in get_args(WeightFormat):
             formats = ", ".join(get_args(WeightFormat))
             raise SpecError("weight_format", f"{self.weight_format!r} is unknown", f"Use {formats}")
+        if self.target not in get_args(Target):
+            targets = ", ".join(get_args(Target))
+            raise SpecError("target", f"{self.target!r} is unknown", f"Use {targets}")
+        if self.weight_format not in TARGET_FORMATS[self.target]:
+            formats = ", ".join(TARGET_FORMATS[self.target])
+            raise SpecError(
+                "weight_format",
+                f"{self.target} does not run {self.weight_format}",
+                f"Use {formats}",
+            )
         if self.kv_dtype not in get_args(KvDtype):
             formats = ", ".join(get_args(KvDtype))
             raise SpecError("kv_dtype", f"{self.kv_dtype!r} is unknown", f"Use {formats}")
 
     @property
     def slot_tokens(self) -> int:
-        """Token places of one kv_slot: the window plus the slack that makes writes safe."""
-        return self.capacity + self.rewind_tokens
+        """Token places of one kv_slot: the window plus the slack that makes writes safe.
+
+        The CPU engine reads the ring before it writes a chunk; the others write a chunk first, and no key
+        that an earlier query of the chunk still sees may be overwritten.
+        """
+        if self.target == "cpu":
+            return self.capacity + self.rewind_tokens
+        return self.capacity + max(self.rewind_tokens, self.max_chunk - 1)
 
     @property
     def max_sink_tokens(self) -> int:

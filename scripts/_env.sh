@@ -71,6 +71,20 @@ install_pins() {
     fi
 }
 
+# Without hashes: the platform decides which build of torch is meant.
+install_accelerators() {
+    local pins="$ROOT/requirements/accelerators.txt" stamp="$VENV/.installed-accelerators"
+    cmp -s "$pins" "$stamp" && return
+    say "installing torch, Triton and TensorRT-RTX"
+    if ! run_logged "$VENV/install.log" "$VENV/bin/python" -m pip install --disable-pip-version-check \
+        --progress-bar off -r "$pins"
+    then
+        tail -n 15 "$VENV/install.log" >&2
+        fail "torch, Triton and TensorRT-RTX could not be installed (whole log: $VENV/install.log)."
+    fi
+    cp "$pins" "$stamp"
+}
+
 # dev holds every pin of default, so an environment prepared for dev serves both.
 prepare() {
     VENV="${SINKSERVE_VENV:-$ROOT/.venv}"
