@@ -11,21 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.protocol import Engine
+from engine_build.libraries import missing_library
 from engine_build.manifest import load_engine_spec
 from engine_build.spec import EngineSpec, SpecError
 
 CPU_BUDGET_BYTES = 1 << 30
 """For kv_slots where no budget is given and the engine runs on CPUs, which share their memory with all."""
-
-INSTALL: Mapping[str, str] = {
-    "torch": "Install it: pip install 'sinkserve[gpu]', or torch built for this machine's CUDA",
-    "triton": "Install it: pip install triton (torch for CUDA on Linux brings it)",
-    "tensorrt": "Install it: pip install tensorrt (10.16 or newer)",
-    "tensorrt_rtx": "Install it: pip install tensorrt-rtx",
-    "mpi4py": "Install both: pip install mpi4py mpich",
-    "onnxruntime": "Install it: pip install onnxruntime",
-}
-"""What to do about a library that an executor cannot be opened without, by the name of its module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +61,10 @@ def open_engine(engine_dir: Path, options: EngineOptions = DEFAULT_ENGINE_OPTION
     try:
         return _OPENERS[kind](engine_dir, spec, options)
     except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if name not in INSTALL:
+        missing = missing_library(kind, error)
+        if missing is None:
             raise
-        raise SpecError(
-            "target", f"a {kind} engine needs {name}, which is not installed", INSTALL[name]
-        ) from error
+        raise missing from error
 
 
 def executor_of(spec: EngineSpec) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from engine import open_engine as module
-from engine.open_engine import CPU_BUDGET_BYTES, INSTALL, EngineOptions, open_engine
+from engine.open_engine import CPU_BUDGET_BYTES, EngineOptions, open_engine
 from engine.protocol import Engine
+from engine_build.libraries import LIBRARIES
 from engine_build.manifest import ManifestError, load_manifest, write_manifest
 from engine_build.spec import EngineSpec, SpecError
 
@@ -66,7 +67,7 @@ def test_an_executor_that_this_release_lacks_is_refused(
         open_engine(tiny_engine_dir)
 
 
-@pytest.mark.parametrize("library", sorted(INSTALL))
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
 def test_a_missing_library_is_named_with_how_to_install_it(
     library: str, tiny_engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +75,7 @@ def test_a_missing_library_is_named_with_how_to_install_it(
         raise ModuleNotFoundError(f"No module named {library!r}", name=f"{library}.nn")
 
     monkeypatch.setattr(module, "_OPENERS", {"cpu": opener})
-    with pytest.raises(SpecError, match=f"needs {library}, .*pip install"):
+    with pytest.raises(SpecError, match=rf"needs {library}, .*pip install"):
         open_engine(tiny_engine_dir)
 
 
