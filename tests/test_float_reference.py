@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,7 @@ def weight_of(family: str) -> Callable[[str], npt.NDArray[np.float32]]:
     return lambda name: by_name[name].load(cached_tensors(family))
 
 
-def logits_of(
-    family: str, passage: Passage, dtype: type[np.floating[npt.NBitBase]] = np.float64
-) -> Floats:
+def logits_of(family: str, passage: Passage, dtype: type[np.floating[Any]] = np.float64) -> Floats:
     decoder = FloatDecoder(tiny_shape(family), weight_of(family), dtype)
     return decoder.head()(decoder.hidden(passage))
 
