@@ -35,10 +35,10 @@ class Tolerances:
 
 TOLERANCES: dict[WeightFormat, Tolerances] = {
     "float32": Tolerances(5e-4, 1e-6, 0.995),
-    "float16": Tolerances(0.02, 2e-3, 0.97),
-    "bfloat16": Tolerances(0.06, 1e-2, 0.93),
-    "int8": Tolerances(0.08, 2e-2, 0.90),
-    "float8": Tolerances(0.15, 5e-2, 0.85),
+    "float16": Tolerances(0.008, 3e-4, 0.98),
+    "bfloat16": Tolerances(0.05, 5e-3, 0.95),
+    "int8": Tolerances(0.10, 1.5e-2, 0.93),
+    "float8": Tolerances(0.25, 0.1, 0.80),
 }
 """By the weights' format, which decides that of activations and cache. docs/verify.md says where they
 come from."""
