@@ -21,7 +21,7 @@ import numpy as np
 from engine_build.spec import ModelShape, SpecError
 from engine_build.weights import Floats, MergedWeight, Tensors, merged_weights
 
-EMBED, HEAD = "embed", "head"
+HEAD = "head"
 _COLUMNS = ("output", "down")
 
 
