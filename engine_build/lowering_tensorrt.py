@@ -82,6 +82,12 @@ def kv_heads(spec: EngineSpec) -> int:
     return spec.model.num_kv_heads // spec.tp_size
 
 
+def cache_row_bytes(spec: EngineSpec) -> int:
+    """Bytes of one kv_slot in a plan's cache, on one rank."""
+    place_bytes = kv_heads(spec) * spec.model.head_dim * spec.kv_bytes
+    return 2 * spec.model.num_layers * num_places(spec) * place_bytes
+
+
 class TensorRtLowering:
     """Writes the decoder for TensorRT's parser.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from engine_build.spec import SpecError, Target
@@ -29,8 +30,12 @@ def load_tensorrt(target: Target) -> Any:
     try:
         trt = importlib.import_module(MODULES[target])
     except ImportError as error:
-        raise SpecError("target", f"{target} is not installed ({error})", _INSTALL[target]) from error
-    missing = [name for name in _LAYERS if not hasattr(getattr(trt, "INetworkDefinition", trt), name)]
+        raise SpecError(
+            "target", f"{target} is not installed ({error})", _INSTALL[target]
+        ) from error
+    missing = [
+        name for name in _LAYERS if not hasattr(getattr(trt, "INetworkDefinition", trt), name)
+    ]
     if missing:
         version = getattr(trt, "__version__", "unknown")
         raise SpecError("target", f"{target} {version} lacks {missing[0]}", _INSTALL[target])
@@ -58,7 +63,9 @@ def messages(trt: Any) -> Any:
 
         def last(self) -> str:
             """The newest errors in one line."""
-            return "; ".join(" ".join(text.split()) for text in self.errors[-3:]) or "no reason given"
+            return (
+                "; ".join(" ".join(text.split()) for text in self.errors[-3:]) or "no reason given"
+            )
 
     return Messages()
 
@@ -97,7 +104,9 @@ def choose_capabilities(trt: Any, target: Target, config: Any, wanted: Sequence[
     for number, capability in enumerate(wanted):
         value = known.get(capability)
         if value is None or not config.set_compute_capability(value, number):
-            reason = f"{target} {trt.__version__} does not build for compute capability {capability}"
+            reason = (
+                f"{target} {trt.__version__} does not build for compute capability {capability}"
+            )
             raise SpecError(
                 "compute_capabilities",
                 f"{reason} ({log.last()})" if value is not None else reason,
@@ -110,3 +119,71 @@ def known_capabilities(trt: Any) -> dict[str, Any]:
     members = trt.ComputeCapability.__members__
     numbers = {int(name[2:]): value for name, value in members.items() if name.startswith("SM")}
     return {f"{number // 10}.{number % 10}": numbers[number] for number in sorted(numbers)}
+
+
+class OpenPlan:
+    """A plan ready to run on this machine's GPU.
+
+    `captures` says that contexts replay CUDA graphs by themselves (TensorRT-RTX, which knows when its
+    kernels are final); TensorRT's are captured by who runs them. `kernel_cache` is a file where
+    TensorRT-RTX keeps the kernels that it compiles at the first run.
+    """
+
+    def __init__(self, target: Target, plan: bytes, kernel_cache: Path) -> None:
+        """Raises SpecError with the library's own words where the plan cannot run."""
+        self._trt = trt = load_tensorrt(target)
+        log = messages(trt)
+        log.clear()
+        self._runtime = trt.Runtime(log)  # must outlive the engine
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise SpecError(
+                "target",
+                f"{target} {trt.__version__} cannot run this plan here ({log.last()})",
+                "Build it again with this release and for this GPU, or use --target cuda",
+            )
+        self.captures = target == "tensorrt-rtx"
+        self._kernel_cache = kernel_cache
+        self._compiled: Any = None
+
+    def context(self, profile: int, stream: int) -> Any:
+        """An execution context for one profile, without memory of its own: see `set_device_memory`.
+
+        `stream` is a CUDA stream's handle. Raises SpecError where none can be made.
+        """
+        trt = self._trt
+        log = messages(trt)
+        log.clear()
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.captures:
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.set_runtime_cache(self._kernels(config))
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(profile, stream):
+            raise SpecError(
+                "target",
+                f"{trt.__name__} makes no context for profile {profile} ({log.last()})",
+                "Free GPU memory, or build the plan again",
+            )
+        return context
+
+    def close(self) -> None:
+        """Keep the kernels that were compiled for the next start; idempotent."""
+        if self._compiled is not None:
+            partial = self._kernel_cache.with_suffix(".partial")
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(memoryview(self._compiled.serialize()))
+            partial.replace(self._kernel_cache)
+        self._compiled = None
+
+    def _kernels(self, config: Any) -> Any:
+        """One cache for all contexts. What another release left is of no use and is compiled again."""
+        if self._compiled is None:
+            self._compiled = config.create_runtime_cache()
+            if self._kernel_cache.is_file():
+                self._compiled.deserialize(self._kernel_cache.read_bytes())
+        return self._compiled
