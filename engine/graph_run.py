@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnxruntime
 
 from engine.step_inputs import StepInputs
-from engine_build.graph import LOGIT_ROWS, LOGITS, TOKEN_IDS
-from engine_build.lowering_cpu import ANGLES, CACHE, ROWS
+from engine_build.graph import LOGIT_ROWS, LOGITS
+from engine_build.lowering_cpu import ANGLES, CACHE, ROWS, TOKEN_IDS
 from engine_build.spec import EngineSpec
 
 Bytes = npt.NDArray[np.uint8]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from engine_build.lowering_cpu import CpuLowering
+from engine_build.lowering_tensorrt import TensorRtLowering
 from engine_build.onnx_writer import GraphWriter
 from engine_build.spec import EngineSpec, ModelShape, SpecError
 from engine_build.weights import MergedWeight, Tensors, WeightFileWriter, merged_weights
@@ -24,7 +25,6 @@ from engine_build.weights import MergedWeight, Tensors, WeightFileWriter, merged
 GRAPH_FILE = "graph.onnx"
 WEIGHTS_FILE = "weights.safetensors"
 
-TOKEN_IDS = "token_ids"
 LOGIT_ROWS = "logit_rows"
 LOGITS = "logits"
 
@@ -32,16 +32,24 @@ LOGITS = "logits"
 class Lowering(Protocol):
     """What a target decides. Values are names in the graph being written."""
 
+    def token_ids(self) -> str:
+        """Declare the input of token ids; int64 [tokens], all conversations one after another."""
+        ...
+
     def store(self, weight: MergedWeight, values: npt.NDArray[np.float32]) -> dict[str, Any]:
         """The tensors, by name, that this target keeps of a weight."""
         ...
 
     def embedding(self, name: str, token_ids: str) -> str:
-        """float32 [tokens, hidden]."""
+        """[tokens, hidden], of the type that activations have."""
         ...
 
     def linear(self, x: str, name: str, bias: str | None = None) -> str:
         """x times the transpose of the matrix `name`, plus the vector `bias`."""
+        ...
+
+    def logits(self, x: str, name: str) -> str:
+        """`linear` without a bias, as float32."""
         ...
 
     def norm(self, x: str, name: str) -> str:
@@ -68,11 +76,10 @@ class Lowering(Protocol):
 def define_decoder(shape: ModelShape, graph: GraphWriter, lowering: Lowering) -> None:
     """Write the decoder into `graph`.
 
-    Inputs here: `token_ids` int64 [tokens], the tokens of all conversations of a step, one after
-    another; `logit_rows` int64 [n], which of them want logits. Output: `logits` float32 [n, vocab].
-    The lowering adds its own.
+    Input here: `logit_rows` int64 [n], which of the step's tokens want logits. Output: `logits` float32
+    [n, vocab]. The lowering adds its own.
     """
-    token_ids = graph.input(TOKEN_IDS, np.int64, ["tokens"])
+    token_ids = lowering.token_ids()
     logit_rows = graph.input(LOGIT_ROWS, np.int64, ["n"])
     x = lowering.embedding("embed", token_ids)
     delta: str | None = None
@@ -93,7 +100,7 @@ def define_decoder(shape: ModelShape, graph: GraphWriter, lowering: Lowering) ->
     x = x if delta is None else graph.node("Add", [x, delta])
     wanted = graph.node("Gather", [x, logit_rows])
     normed = lowering.norm(wanted, "norm")
-    logits = lowering.linear(normed, "embed" if shape.tied_head else "head")
+    logits = lowering.logits(normed, "embed" if shape.tied_head else "head")
     graph.node("Identity", [logits], output_names=[LOGITS])
     graph.output(LOGITS, np.float32, ["n", shape.vocab_size])
 
@@ -107,10 +114,8 @@ def export_graph(
     the next is read. `progress` is called with the fraction done. Raises SpecError for a target that
     this release has no lowering for.
     """
-    if spec.target != "cpu":
-        raise SpecError("target", f"{spec.target!r} has no lowering", "Use cpu")
     graph = GraphWriter()
-    lowering = CpuLowering(spec, graph)
+    lowering = _lowering(spec, graph)
     define_decoder(spec.model, graph, lowering)
     writer = WeightFileWriter(out_dir / WEIGHTS_FILE, graph.weights)
     weights = merged_weights(spec.model)
@@ -119,5 +124,17 @@ def export_graph(
         for name, values in lowering.store(weight, weight.load(tensors)).items():
             writer.write(name, values)
     writer.close()
-    onnx.save_model(graph.model("decoder", WEIGHTS_FILE, writer.stored), out_dir / GRAPH_FILE)
+    if spec.target == "cpu":
+        model = graph.model("decoder", WEIGHTS_FILE, writer.stored)
+    else:
+        model = graph.model_of_inputs("decoder")
+    onnx.save_model(model, out_dir / GRAPH_FILE)
     progress(1.0)
+
+
+def _lowering(spec: EngineSpec, graph: GraphWriter) -> Lowering:
+    if spec.target == "cpu":
+        return CpuLowering(spec, graph)
+    if spec.target in ("tensorrt", "tensorrt-rtx"):
+        return TensorRtLowering(spec, graph)
+    raise SpecError("target", f"{spec.target!r} has no lowering", "Use cpu or tensorrt")

@@ -20,7 +20,7 @@ from engine_build.weights import MergedWeight, merged_weights
 
 Floats = npt.NDArray[np.float32]
 
-ANGLES, ROWS, CACHE = "angles", "rows", "cache"
+TOKEN_IDS, ANGLES, ROWS, CACHE = "token_ids", "angles", "rows", "cache"
 ROW_FIELDS = 7
 LEVELS, SCALES = ".levels", ".scales"
 
@@ -50,6 +50,10 @@ class CpuLowering:
         graph.input(ROWS, np.int64, ["rows", ROW_FIELDS])
         graph.input(CACHE, np.uint8, [shape.num_layers, "slots", 2 * shape.num_kv_heads, "bytes"])
 
+    def token_ids(self) -> str:
+        """See `Lowering.token_ids`."""
+        return self._graph.input(TOKEN_IDS, np.int64, ["tokens"])
+
     def store(self, weight: MergedWeight, values: Floats) -> dict[str, Any]:
         """See `Lowering.store`."""
         if not (self._int8 and weight.is_matrix):
@@ -70,6 +74,10 @@ class CpuLowering:
             return self._blocks("BlockLinear", x, name, *extra)
         product = self._graph.node("FusedMatMul", [x, self._float32(name)], MICROSOFT, transB=1)
         return self._graph.node("Add", [product, *extra]) if extra else product
+
+    def logits(self, x: str, name: str) -> str:
+        """See `Lowering.logits`."""
+        return self.linear(x, name)
 
     def norm(self, x: str, name: str) -> str:
         """See `Lowering.norm`."""
