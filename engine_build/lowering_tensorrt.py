@@ -30,7 +30,7 @@ import numpy.typing as npt
 from onnx import helper, numpy_helper
 
 from engine_build.onnx_writer import Dimension, GraphWriter
-from engine_build.spec import EngineSpec, KvDtype, WeightFormat
+from engine_build.spec import EngineSpec, KvDtype, SpecError, WeightFormat
 from engine_build.weights import MergedWeight, merged_weights
 
 Floats = npt.NDArray[np.float32]
@@ -161,6 +161,16 @@ class TensorRtLowering:
     def logits(self, x: str, name: str) -> str:
         """See `Lowering.logits`."""
         return self._as_float32(self.linear(x, name))
+
+    def all_reduce(self, x: str) -> str:
+        """See `Lowering.all_reduce`. Raises SpecError for more than one rank."""
+        if self._spec.tp_size > 1:
+            raise SpecError(
+                "tp_size",
+                f"{self._spec.target} runs one rank in this release",
+                "Use 1, or another target",
+            )
+        return x
 
     def norm(self, x: str, name: str) -> str:
         """See `Lowering.norm`."""
