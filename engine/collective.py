@@ -58,7 +58,7 @@ class Reducer:
         try:
             memory = (ctypes.c_float * count).from_address(values)
             self._all_reduce(np.frombuffer(memory, dtype=np.float32))
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             self.failed = error
             return 1
         return 0

@@ -57,7 +57,7 @@ class OnnxEngine:
     was built for another number of ranks; KernelError if the graph's operators cannot be compiled here.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a choice of its own, given by name
         self,
         engine_dir: Path,
         *,
