@@ -34,6 +34,7 @@ from engine_build.manifest import (
     load_manifest,
     write_manifest,
 )
+from engine_build.shard import check_tp_size
 from engine_build.spec import (
     TARGET_FORMATS,
     EngineSpec,
@@ -55,6 +56,7 @@ Progress = Callable[[str, float], None]
 class BuildOptions:
     """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build.
 
+    `tp_size` tensor-parallel ranks share each step; each has graph and weights of its own, in `rank0`, ...
     `weight_format` None is what suits the target (`stored_format`).
     """
 
@@ -62,6 +64,7 @@ class BuildOptions:
     max_chunk: int = 64
     weight_format: WeightFormat | None = None
     target: Target = "cpu"
+    tp_size: int = 1
 
     @property
     def stored_format(self) -> WeightFormat:
@@ -127,7 +130,9 @@ def _convert(
         weight_format=options.stored_format,
         kv_dtype=kv_dtype_for(options.stored_format),
         target=options.target,
+        tp_size=options.tp_size,
     )
+    check_tp_size(spec.model, spec.tp_size)
     progress("read the model", 1.0)
     _write_text_files(checkpoint, folder, progress)
     try:
@@ -158,7 +163,7 @@ def _build_key(source: Path, options: BuildOptions) -> str:
     else:
         files = [source] if source.is_file() else []
     files += sorted(Path(__file__).parent.glob("*.py"))
-    parts: list[str] = [options.stored_format, options.target]
+    parts: list[str] = [options.stored_format, options.target, str(options.tp_size)]
     parts += [f"{file.name} {sha256_of(file)}" for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -190,6 +195,7 @@ def _link_files(earlier: Path, folder: Path) -> None:
     """Everything but the spec, without copying the weights where the file system can."""
     for name in load_manifest(earlier).files:
         if name != SPEC:
+            (folder / name).parent.mkdir(exist_ok=True)
             try:
                 os.link(earlier / name, folder / name)
             except OSError:

@@ -22,6 +22,7 @@ from engine.toy_engine import ToyEngine, ToyText, byte_spec
 from engine.window import SinkWindow
 from engine_build.spec import WeightFormat
 from tests.engine_fixtures import cut, feed, make_engine, random_tokens, row_for, window_of
+from tests.tensorrt_on_onnx import make_tensorrt_engine
 
 CAPACITY, MAX_CHUNK, SLOTS, VOCAB = 32, 12, 5, 259
 CLOSE = 1e-4
@@ -81,6 +82,7 @@ ENGINES: dict[str, Candidate] = {
     "toy": Candidate(toy, exact=False),
     "cpu-float32": Candidate(onnx("float32")),
     "cpu-int8": Candidate(onnx("int8"), exact=False),
+    "tensorrt-on-onnx": Candidate(make_tensorrt_engine),
 }
 
 
