@@ -84,7 +84,16 @@ def _open_onnx(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> En
     )
 
 
+def _open_tensorrt(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
+    from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+
+    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running)
+    return TensorRtEngine(engine_dir, runtime, capacity=options.capacity)
+
+
 # An executor is added with a function like the one above and one line here.
 _OPENERS: Mapping[str, Opener] = {
     "cpu": _open_onnx,
+    "tensorrt": _open_tensorrt,
+    "tensorrt-rtx": _open_tensorrt,
 }
