@@ -1,8 +1,8 @@
-"""Plans for a 0.5B and an 8B model, built by TensorRT-RTX without a GPU: how long it takes, how large they are.
+"""Plans for a 0.5B and an 8B model, built by TensorRT-RTX without a GPU: build time and size.
 
-    python -m benchmarks.tensorrt_plans                    # some minutes; writes results/tensorrt_plans-DATE.json
-    python -m benchmarks.tensorrt_plans --busy             # says in the result that the machine was shared
-    python -m benchmarks.tensorrt_plans --pack             # also packs the library with xz (minutes)
+    python -m benchmarks.tensorrt_plans            # minutes; writes results/tensorrt_plans-DATE.json
+    python -m benchmarks.tensorrt_plans --busy     # says in the result that the machine was shared
+    python -m benchmarks.tensorrt_plans --pack     # also packs the library with xz (minutes)
 
 Of each model only its shape is used: a plan holds no weights. Build times are those of this machine, on which
 nothing is timed or run: TensorRT-RTX compiles kernels where a plan runs.
