@@ -25,9 +25,10 @@ class EngineOptions:
 
     `memory_budget_bytes` is for kv_slots, per GPU or per CPU engine: None takes what is free on a GPU
     (what is left once weights and workspace are there) and `CPU_BUDGET_BYTES` on a CPU. `threads` are
-    those of a CPU engine, per rank. `capacity` replaces that of spec.json. `max_running` is the most
-    decode rows of one step: GPU engines capture their graphs up to it. `host_memory_bytes` is for cold
-    slots in pinned host memory, 0 for none; engines on CPUs have no use for it.
+    those of a CPU engine, dealt out to its ranks, as its budget is. `capacity` replaces that of
+    spec.json. `max_running` is the most decode rows of one step: GPU engines capture their graphs up to
+    it. `host_memory_bytes` is for cold slots in pinned host memory, 0 for none; engines on CPUs have no
+    use for it.
     """
 
     memory_budget_bytes: int | None = None
@@ -91,9 +92,39 @@ def _open_tensorrt(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -
     return TensorRtEngine(engine_dir, runtime, capacity=options.capacity)
 
 
+def _open_cpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
+    budget = options.memory_budget_bytes
+    share = (CPU_BUDGET_BYTES if budget is None else budget) // spec.tp_size
+    threads = max(1, options.threads // spec.tp_size)
+    return _open_ranks(engine_dir, spec, options, memory_budget_bytes=share, threads=threads)
+
+
+def _open_ranks(
+    engine_dir: Path,
+    spec: EngineSpec,
+    options: EngineOptions,
+    memory_budget_bytes: int | None,
+    threads: int = 1,
+) -> Engine:
+    """A tensor-parallel group; what each rank runs is in `rank_executors`."""
+    from engine.rank_executors import RankOptions
+    from engine.ranks import TensorParallelEngine
+
+    return TensorParallelEngine(
+        RankOptions(
+            engine_dir=str(engine_dir.resolve()),
+            memory_budget_bytes=memory_budget_bytes,
+            threads=threads,
+            capacity=spec.capacity,
+            max_running=options.max_running,
+        )
+    )
+
+
 # An executor is added with a function like the one above and one line here.
 _OPENERS: Mapping[str, Opener] = {
     "cpu": _open_onnx,
     "tensorrt": _open_tensorrt,
     "tensorrt-rtx": _open_tensorrt,
+    "cpu ranks": _open_cpu_ranks,
 }

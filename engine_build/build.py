@@ -41,6 +41,7 @@ from engine_build.plan import (
     build_plan,
     check_library,
 )
+from engine_build.shard import check_tp_size, rank_folder
 from engine_build.spec import (
     TARGET_FORMATS,
     EngineSpec,
@@ -64,6 +65,7 @@ class BuildOptions:
     """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build, unless a plan
     holds them.
 
+    `tp_size` tensor-parallel ranks share each step; each has graph and weights of its own, in `rank0`, ...
     `weight_format` None is what suits the target (`stored_format`). `compute_capabilities` such as ("8.9",)
     are those that a TensorRT-RTX plan is for; none: its own choice.
     """
@@ -72,6 +74,7 @@ class BuildOptions:
     max_chunk: int = 64
     weight_format: WeightFormat | None = None
     target: Target = "cpu"
+    tp_size: int = 1
     compute_capabilities: tuple[str, ...] = ()
 
     @property
@@ -140,7 +143,9 @@ def _convert(
         weight_format=options.stored_format,
         kv_dtype=kv_dtype_for(options.stored_format),
         target=options.target,
+        tp_size=options.tp_size,
     )
+    check_tp_size(spec.model, spec.tp_size)
     progress("read the model", 1.0)
     _write_text_files(checkpoint, folder, progress)
     try:
@@ -159,8 +164,8 @@ def _convert(
         timing_cache = folder.parent / TIMING_CACHE if spec.target == "tensorrt" else None
         build_plan(
             spec,
-            folder / GRAPH_FILE,
-            folder / PLAN_FILE,
+            rank_folder(folder, 0, spec.tp_size) / GRAPH_FILE,
+            folder / PLAN_FILE,  # one plan serves all ranks: weights are its inputs
             lambda fraction: progress("build the plan", fraction),
             PlanOptions(options.compute_capabilities, timing_cache),
         )
@@ -180,7 +185,7 @@ def _build_key(source: Path, options: BuildOptions) -> str:
     else:
         files = [source] if source.is_file() else []
     files += sorted(Path(__file__).parent.glob("*.py"))
-    parts: list[str] = [options.stored_format, options.target]
+    parts: list[str] = [options.stored_format, options.target, str(options.tp_size)]
     if options.target in PLAN_TARGETS:
         parts += [f"{options.capacity} {options.max_chunk}", *options.compute_capabilities]
     parts += [f"{file.name} {sha256_of(file)}" for file in files]
@@ -214,6 +219,7 @@ def _link_files(earlier: Path, folder: Path) -> None:
     """Everything but the spec, without copying the weights where the file system can."""
     for name in load_manifest(earlier).files:
         if name != SPEC:
+            (folder / name).parent.mkdir(exist_ok=True)
             try:
                 os.link(earlier / name, folder / name)
             except OSError:
