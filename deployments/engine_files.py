@@ -111,7 +111,7 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
             files.folder,
             EngineOptions(
                 memory_budget_bytes=config.memory_budget_bytes,
-                threads=max(1, threads // spec.tp_size),
+                threads=threads,
                 capacity=spec.capacity,
                 max_running=config.max_running,
             ),

@@ -5,9 +5,7 @@ Nothing is rounded on the way: every stored format fits into float32.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +16,29 @@ from engine_build.checkpoint import read_checkpoint
 from engine_build.graph import WEIGHTS_FILE
 from engine_build.lowering_cpu import LEVELS, SCALES
 from engine_build.quantize import dequantise
+from engine_build.shard import rank_folder, rank_weights, shard_shape
 from engine_build.spec import EngineSpec, ModelShape, SpecError
-from engine_build.weights import Floats, merged_weights
+from engine_build.weights import Floats, merged_weights, read_weight_file
 
 WeightOf = Callable[[str], Floats]
 """A weight by its name in `merged_weights`, float32."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
+_Stored = Mapping[str, npt.NDArray[Any]]
 
 
 def stored_weights(engine_dir: Path, spec: EngineSpec) -> WeightOf:
-    """The weights of an engine directory, read when they are asked for.
+    """The weights of an engine directory, read when they are asked for; those of ranks, put together.
 
-    Raises SpecError for a file that is not of this release.
+    Raises SpecError for a file that is missing, damaged or not of this release.
     """
-    file = engine_dir / WEIGHTS_FILE
-    entries = _entries(file)
-    sizes = {weight.name: weight.shape for weight in merged_weights(spec.model)}
+    whole = (engine_dir / WEIGHTS_FILE).is_file()
+    num_files = 1 if whole else spec.tp_size
+    files = [_read(rank_folder(engine_dir, rank, num_files)) for rank in range(num_files)]
+    sizes = {weight.name: weight.shape for weight in rank_weights(spec.model, 0, num_files)}
 
     def load(name: str) -> Floats:
-        if name in entries:
-            return _as_float32(file, entries[name])
-        if name + LEVELS in entries:
-            levels = _raw(file, entries[name + LEVELS], np.uint8)
-            scales = _raw(file, entries[name + SCALES], np.float16)
-            rows, columns = sizes[name]
-            return dequantise(levels, scales, rows, columns)
-        raise _unreadable(file, f"it has no {name}")
+        parts = [_as_float32(file, name, sizes.get(name, ())) for file in files]
+        return parts[0] if len(parts) == 1 else _joined(name, parts, spec.model)
 
     return load
 
@@ -71,43 +59,48 @@ def checkpoint_weights(model: Path, shape: ModelShape) -> WeightOf:
     return lambda name: by_name[name].load(checkpoint.tensors)
 
 
-def _entries(file: Path) -> dict[str, _Entry]:
+def _read(folder: Path) -> _Stored:
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        return {
-            name: _Entry(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        return read_weight_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(file, str(error)) from error
+        raise _unreadable(f"cannot be read: {error}") from error
 
 
-def _raw(file: Path, entry: _Entry, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    count = entry.length // np.dtype(dtype).itemsize
-    mapped = np.memmap(file, dtype=dtype, mode="r", offset=entry.offset, shape=(count,))
-    return mapped.reshape(entry.shape)
+def _as_float32(stored: _Stored, name: str, shape: tuple[int, ...]) -> Floats:
+    if name in stored:
+        return stored[name].astype(np.float32, copy=False)
+    levels, scales = stored.get(name + LEVELS), stored.get(name + SCALES)
+    if levels is None or scales is None:
+        raise _unreadable(f"has no {name}")
+    if levels.ndim == 2:  # one scale for each output
+        product: Floats = levels.astype(np.float32) * scales.astype(np.float32)[:, None]
+        return product
+    return dequantise(levels, scales, *shape)
 
 
-def _as_float32(file: Path, entry: _Entry) -> Floats:
-    if entry.dtype == "F32":
-        return _raw(file, entry, np.float32)
-    if entry.dtype == "F16":
-        return _raw(file, entry, np.float16).astype(np.float32)
-    if entry.dtype == "BF16":
-        bits = _raw(file, entry, np.uint16).astype(np.uint32) << 16
-        return bits.view(np.float32)
-    raise _unreadable(file, f"weights of type {entry.dtype} are not known")
+def _joined(name: str, parts: Sequence[Floats], model: ModelShape) -> Floats:
+    """The inverse of `shard_values`, over all ranks."""
+    kind = name.split(".", 2)[2] if name.startswith("layers.") else name
+    if kind in ("output", "down"):
+        return np.concatenate(parts, axis=1)
+    if kind == "head":
+        return np.concatenate(parts)
+    if kind == "gate_up":
+        halves = [np.split(part, 2) for part in parts]
+        return np.concatenate([gate for gate, _ in halves] + [up for _, up in halves])
+    if kind in ("qkv", "qkv.bias"):
+        return _joined_heads(parts, model)
+    return parts[0]
 
 
-def _unreadable(file: Path, problem: str) -> SpecError:
-    return SpecError(
-        file.name, f"cannot be read: {problem}", "Build the engine again with `sinkserve build`"
-    )
+def _joined_heads(parts: Sequence[Floats], model: ModelShape) -> Floats:
+    """Query heads of all ranks, then each key/value head once: ranks may share one."""
+    local = shard_shape(model, len(parts))
+    sharing = max(1, len(parts) // model.num_kv_heads)
+    q_rows, kv_rows = local.num_heads * model.head_dim, local.num_kv_heads * model.head_dim
+    q, k, v = zip(*(np.split(part, [q_rows, q_rows + kv_rows]) for part in parts), strict=True)
+    return np.concatenate([*q, *k[::sharing], *v[::sharing]])
+
+
+def _unreadable(problem: str) -> SpecError:
+    return SpecError(WEIGHTS_FILE, problem, "Build the engine again with `sinkserve build`")
