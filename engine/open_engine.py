@@ -26,8 +26,9 @@ class EngineOptions:
     `memory_budget_bytes` is for kv_slots, per GPU or per CPU engine: None takes what is free on a GPU
     (what is left once weights and workspace are there) and `CPU_BUDGET_BYTES` on a CPU. `threads` are
     those of a CPU engine, dealt out to its ranks, as its budget is. `capacity` replaces that of
-    spec.json. `max_running` is the most decode rows of one step: GPU engines capture their graphs up to it. `host_memory_bytes` is for cold
-    slots in pinned host memory, 0 for none; engines on CPUs have no use for it.
+    spec.json. `max_running` is the most decode rows of one step: GPU engines capture their graphs up to
+    it. `host_memory_bytes` is for cold slots in pinned host memory, 0 for none; engines on CPUs have no
+    use for it.
     """
 
     memory_budget_bytes: int | None = None
@@ -84,6 +85,13 @@ def _open_onnx(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> En
     )
 
 
+def _open_tensorrt(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
+    from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+
+    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running)
+    return TensorRtEngine(engine_dir, runtime, capacity=options.capacity)
+
+
 def _open_cpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
     budget = options.memory_budget_bytes
     share = (CPU_BUDGET_BYTES if budget is None else budget) // spec.tp_size
@@ -116,5 +124,7 @@ def _open_ranks(
 # An executor is added with a function like the one above and one line here.
 _OPENERS: Mapping[str, Opener] = {
     "cpu": _open_onnx,
+    "tensorrt": _open_tensorrt,
+    "tensorrt-rtx": _open_tensorrt,
     "cpu ranks": _open_cpu_ranks,
 }
