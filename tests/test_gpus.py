@@ -1,10 +1,11 @@
-"""What nvidia-smi says, read into GPUs."""
+"""What nvidia-smi says, read into GPUs, and what `sinkserve doctor` makes of it."""
 
 from __future__ import annotations
 
 import pytest
 
 from cluster.gpus import Gpu, gpu_names, gpus_here, parse_gpus
+from deployments.local.accelerators import accelerators, gpu_checks, target_checks
 
 SAID = """\
 NVIDIA H100 80GB HBM3, 81559, 80994, 9.0, 570.86.15
@@ -23,3 +24,25 @@ def test_lines_become_gpus() -> None:
 def test_a_machine_without_the_tool_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert gpus_here() == ()
+
+
+def test_the_doctor_tells_of_each_gpu_and_warns_of_old_ones() -> None:
+    new, old = Gpu("H100", 80 << 30, 79 << 30, "9.0", "570"), Gpu("T4", 16 << 30, 0, "7.5", "570")
+    checks = gpu_checks([new, old])
+    assert [(check.name, check.verdict) for check in checks] == [("gpu 0", "ok"), ("gpu 1", "warn")]
+    assert "79.0 of 80.0 GiB free" in checks[0].detail
+    assert "--weights float16" in checks[1].advice
+    (none,) = gpu_checks([])
+    assert none.verdict == "ok"
+
+
+def test_the_doctor_says_what_to_install_where_there_is_a_gpu() -> None:
+    def version(name: str) -> str | None:
+        return "2.13.0" if name == "torch" else None
+
+    cuda, tensorrt, rtx = target_checks(True, version)
+    assert (cuda.verdict, cuda.detail) == ("warn", "torch 2.13.0, triton not installed")
+    assert "pip install triton" in cuda.advice
+    assert tensorrt.verdict == rtx.verdict == "ok"
+    assert not any(check.advice for check in target_checks(False, version))
+    assert all(check.ok for check in accelerators())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from pydantic import BaseModel
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
-from deployments.config import Tunables, load_config
+from deployments.config import ConfigError, Tunables, load_config
+from engine_build.spec import EngineSpec
+from tests.engine_fixtures import tiny_shape
 
 ROOT = Path(__file__).parent.parent
 DEPLOYMENTS = {"Ingress", "SinkReplica"}
@@ -37,17 +40,26 @@ def unknown_keys(where: str, given: dict[str, Any], schema: type[BaseModel]) -> 
     return [where + key for key in given if key not in schema.model_fields]
 
 
-@pytest.fixture
-def deploy() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+SERVE_FILES = ("serve_config.yaml", "examples/serve_gpu.yaml", "examples/serve_gpu_tp.yaml")
+
+
+def read(file: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / file).read_text())
     return loaded
 
 
+@pytest.fixture
+def deploy(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return read(getattr(request, "param", SERVE_FILES[0]))
+
+
+@pytest.mark.parametrize("deploy", SERVE_FILES, indirect=True)
 def test_serve_config_fits_rays_schema_and_a_stricter_one(deploy: dict[str, Any]) -> None:
     ServeDeploySchema.model_validate(deploy)
     assert strict_problems(deploy) == []
 
 
+@pytest.mark.parametrize("deploy", SERVE_FILES, indirect=True)
 def test_serve_config_fits_ours(deploy: dict[str, Any]) -> None:
     (app,) = deploy["applications"]
     assert app["name"] == "sinkserve"
@@ -59,6 +71,22 @@ def test_serve_config_fits_ours(deploy: dict[str, Any]) -> None:
         assert set(user_config) <= set(Tunables.model_fields)
         limits = config.tuned(user_config).limits
         assert deploy["http_options"]["request_timeout_s"] > limits.turn_timeout_s
+
+
+def test_the_gpu_variants_differ_in_their_engine_and_what_follows_from_it() -> None:
+    one, group = (read(file)["applications"][0]["args"] for file in SERVE_FILES[1:])
+    assert {key for key in {**one, **group} if one.get(key) != group.get(key)} == {
+        "model",
+        "served_model_name",
+        "gpus_per_replica",
+        "cpus_per_replica",
+    }
+    assert "memory_budget_bytes" not in one | group
+    shape = dataclasses.replace(tiny_shape("llama"), num_heads=8, num_kv_heads=8)
+    spec = EngineSpec(shape, 64, 16, "bfloat16", "bfloat16", "cuda", tp_size=4)
+    assert load_config(group).gpus_for(spec) == 4
+    with pytest.raises(ConfigError, match="built for 8 ranks"):
+        load_config(group).gpus_for(dataclasses.replace(spec, tp_size=8))
 
 
 @pytest.mark.parametrize(
@@ -95,16 +123,21 @@ def cloud_example() -> str:
     return re.sub(r"^# ?", "", example.partition("\n")[2], flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("which", ["local", "cloud"])
+@pytest.mark.parametrize("which", ["local", "cloud", "gpu"])
 def test_ray_cluster_is_valid(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = (ROOT / "ray_cluster.yaml").read_text() if which == "local" else cloud_example()
+    texts = {
+        "local": (ROOT / "ray_cluster.yaml").read_text(),
+        "cloud": cloud_example(),
+        "gpu": (ROOT / "examples" / "ray_cluster_gpu.yaml").read_text(),
+    }
+    text = texts[which]
     config = yaml.safe_load(text)
     validate_config(prepare_config(config))
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=" in c for c in starts if " start " in c)
     assert config["rsync_filter"] == [".gitignore"]
-    if which == "cloud":
+    if which != "local":
         assert any(t["resources"].get("GPU") for t in config["available_node_types"].values())
 
 

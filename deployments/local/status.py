@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cluster import embedded, preflight
 from deployments.config import load_config
+from deployments.local.accelerators import accelerators
 from deployments.local.client import ApiClient, ApiError
 from deployments.local.home import Home, ServiceState
 from deployments.local.service import machine_plan
@@ -67,7 +68,7 @@ def doctor(home: Home, console: Console) -> int:
     config = load_config({})
     running = home.is_running()
     plan = machine_plan(home, config, ports=not running)
-    found = preflight.examine(plan)
+    found = [*preflight.examine(plan), *accelerators()]
     store_url = embedded.running_url(home.data)
     if store_url is not None:
         found += preflight.store(store_url)
