@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from engine.cuda_kernels.sampling import SamplingBuffers, SamplingSizes, launch_sampling
+from engine.cuda_kernels.sampling_parts import ACTIVE, ADJUSTED, GREEDY, LOGPROBS
 from engine.protocol import SampleRequest
 from engine.sampling import (
     NOT_FINITE,
@@ -34,7 +35,6 @@ MAX_VOCAB = 2**18 + 2**17
 """Weights are integers of up to 2**44, and their sum must be less than 2**63."""
 
 _MASK = 2**64 - 1
-_ACTIVE, _GREEDY, _ADJUSTED, _LOGPROBS = 1, 2, 4, 8
 _POOL_PER_ROW = 2048
 
 # One row of `SamplingBuffers.words`; the kernels count its words in sampling_parts.py.
@@ -209,9 +209,10 @@ class _Staged:
 def _record(request: SampleRequest, vocab_size: int, first: int, count: int) -> _Record:
     """One `_REQUEST`."""
     params = request.params
-    flags = (
-        _ACTIVE | _GREEDY * params.greedy | _ADJUSTED * (count > 0) | _LOGPROBS * params.logprobs
-    )
+    flags = ACTIVE.value
+    flags |= GREEDY.value if params.greedy else 0
+    flags |= ADJUSTED.value if count else 0
+    flags |= LOGPROBS.value if params.logprobs else 0
     return (
         params.top_p,
         params.seed & _MASK,

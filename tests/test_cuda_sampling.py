@@ -191,11 +191,11 @@ def test_the_comparison_finds_a_wrong_sampler() -> None:
     assert len(differing(by_probability, logits, requests)) > 3
     wider = [replace(one, params=replace(one.params, top_p=0.97)) for one in requests]
     assert differing(sample(logits, wider), logits, requests)
-    tied = np.zeros((8, 200), np.float32)
-    cut = [request(SamplingParams(seed=n, top_k=60), k=n) for n in range(8)]
+    tied = np.zeros((6, 200), np.float32)
+    cut = [request(SamplingParams(seed=n, top_k=60), k=n) for n in range(6)]
     assert differing(sample(tied, cut), tied, cut) == []
     others = [replace(one, params=replace(one.params, top_k=0)) for one in cut]
-    assert len(differing(sample(tied, others), tied, cut)) > 3
+    assert len(differing(sample(tied, others), tied, cut)) > 2
 
 
 def test_greedy_is_exact_and_ties_go_to_the_lower_id() -> None:
