@@ -16,6 +16,7 @@ import numpy as np
 from deployments.config import TOY_MODEL, ConfigError, ServiceConfig
 from deployments.text import ChatCodec
 from engine.kernels.compile import KernelError, kernel_library
+from engine.open_engine import EngineOptions, open_engine
 from engine.protocol import Engine, Row, StepPlan
 from engine.toy_engine import ToyEngine, ToyText, byte_spec
 from engine.window import SinkWindow
@@ -91,14 +92,15 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
             text=dataclasses.replace(ToyText(), stop_period=TOY_REPLY_TOKENS),
             step_delay_s=TOY_STEP_S,
         )
-    from engine.onnx_engine import OnnxEngine
-
     try:
-        return OnnxEngine(
+        return open_engine(
             files.folder,
-            memory_budget_bytes=config.memory_budget_bytes,
-            threads=threads,
-            capacity=files.spec.capacity,
+            EngineOptions(
+                memory_budget_bytes=config.memory_budget_bytes,
+                threads=threads,
+                capacity=files.spec.capacity,
+                max_running=config.max_running,
+            ),
         )
-    except (SpecError, KernelError) as error:
+    except (SpecError, ManifestError, KernelError) as error:
         raise ConfigError([str(error)]) from error

@@ -21,6 +21,7 @@ from engine_build.chat_template import derive_chat_pieces
 from engine_build.checkpoint import read_checkpoint
 from engine_build.files import locked, sha256_of, sync
 from engine_build.graph import export_graph
+from engine_build.libraries import missing_library
 from engine_build.manifest import (
     CHAT,
     MANIFEST,
@@ -33,7 +34,15 @@ from engine_build.manifest import (
     load_manifest,
     write_manifest,
 )
-from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat, kv_dtype_for
+from engine_build.shard import check_tp_size
+from engine_build.spec import (
+    TARGET_FORMATS,
+    EngineSpec,
+    SpecError,
+    Target,
+    WeightFormat,
+    kv_dtype_for,
+)
 from engine_build.tensors import Checkpoint
 
 LOCK = ".sinkserve-build.lock"
@@ -45,12 +54,22 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build."""
+    """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build.
+
+    `tp_size` tensor-parallel ranks share each step; each has graph and weights of its own, in `rank0`, ...
+    `weight_format` None is what suits the target (`stored_format`).
+    """
 
     capacity: int = 512
     max_chunk: int = 64
-    weight_format: WeightFormat = "int8"
+    weight_format: WeightFormat | None = None
     target: Target = "cpu"
+    tp_size: int = 1
+
+    @property
+    def stored_format(self) -> WeightFormat:
+        """The weights' format: the one asked for, else the target's first."""
+        return self.weight_format or TARGET_FORMATS[self.target][0]
 
 
 DEFAULT_OPTIONS = BuildOptions()
@@ -108,18 +127,26 @@ def _convert(
         model=checkpoint.shape,
         capacity=options.capacity,
         max_chunk=options.max_chunk,
-        weight_format=options.weight_format,
-        kv_dtype=kv_dtype_for(options.weight_format),
+        weight_format=options.stored_format,
+        kv_dtype=kv_dtype_for(options.stored_format),
         target=options.target,
+        tp_size=options.tp_size,
     )
+    check_tp_size(spec.model, spec.tp_size)
     progress("read the model", 1.0)
     _write_text_files(checkpoint, folder, progress)
-    export_graph(
-        spec,
-        checkpoint.tensors,
-        folder,
-        lambda fraction: progress("write graph and weights", fraction),
-    )
+    try:
+        export_graph(
+            spec,
+            checkpoint.tensors,
+            folder,
+            lambda fraction: progress("write graph and weights", fraction),
+        )
+    except ModuleNotFoundError as error:
+        missing = missing_library(f"building for {spec.target}", error)
+        if missing is None:
+            raise
+        raise missing from error
     card = ModelCard(
         name=checkpoint.name,
         trained_tokens=checkpoint.trained_tokens,
@@ -136,7 +163,7 @@ def _build_key(source: Path, options: BuildOptions) -> str:
     else:
         files = [source] if source.is_file() else []
     files += sorted(Path(__file__).parent.glob("*.py"))
-    parts: list[str] = [options.weight_format, options.target]
+    parts: list[str] = [options.stored_format, options.target, str(options.tp_size)]
     parts += [f"{file.name} {sha256_of(file)}" for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -168,6 +195,7 @@ def _link_files(earlier: Path, folder: Path) -> None:
     """Everything but the spec, without copying the weights where the file system can."""
     for name in load_manifest(earlier).files:
         if name != SPEC:
+            (folder / name).parent.mkdir(exist_ok=True)
             try:
                 os.link(earlier / name, folder / name)
             except OSError:

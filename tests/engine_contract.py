@@ -17,6 +17,7 @@ from engine.sampling import SamplingParams
 from engine.toy_engine import ToyEngine, ToyText, byte_spec
 from engine.window import SinkWindow
 from tests.engine_fixtures import cut, feed, make_engine, random_tokens, row_for, window_of
+from tests.tensorrt_on_onnx import make_tensorrt_engine
 
 CAPACITY, MAX_CHUNK, SLOTS, VOCAB = 32, 12, 5, 259
 CLOSE = 1e-4
@@ -43,11 +44,16 @@ def cuda() -> Engine:
     return make_cuda_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=SLOTS)
 
 
+def tensorrt_on_onnx() -> Engine:
+    return make_tensorrt_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=SLOTS)
+
+
 ENGINES: dict[str, Callable[[], Engine]] = {
     "toy": toy,
     "onnx-float32": onnx_float32,
     "onnx-int8": onnx_int8,
     "cuda": cuda,
+    "tensorrt-on-onnx": tensorrt_on_onnx,
 }
 
 
