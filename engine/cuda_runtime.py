@@ -61,7 +61,8 @@ class CudaRuntime:
         local = dataclasses.replace(spec, model=model)
         self._device, self._spec, self._options = device, local, options
         weights = load_weights(spec, model, part, source)
-        self.max_resident = _slots_that_fit(local, memory_budget_bytes, device, options)
+        fitting = _slots_that_fit(local, memory_budget_bytes, device, options)
+        self.max_resident = self._group.least(fitting)
         self.slots = _empty_slots(local, self.max_resident, device)
         self._processors = 1
         if device.type == "cuda":
@@ -84,6 +85,11 @@ class CudaRuntime:
                     self._decoder, options.buckets(), self._decode_tiling, self._logits
                 )
 
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's tokens and logits are looked at: the others' would be the same."""
+        return self._group.rank == 0
+
     def compute(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Run rows: logits float32 [n, vocab], good until the next call; each row's (first, end) there."""
         if all(len(row.tokens) == 1 for row in rows):
@@ -105,7 +111,7 @@ class CudaRuntime:
             wanted = logits[torch.tensor(rows, device=self._device)]
         self._sampler.prepare(requests)
         self._sampler.run(wanted)
-        return self._sampler.read()
+        return self._sampler.read(wanted)
 
     def to_host(self, logits: Tensor) -> Logits:
         """A copy of the caller's own."""

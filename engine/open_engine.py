@@ -125,6 +125,18 @@ def _open_ranks(
     )
 
 
+def _open_cuda(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
+    from engine.cuda_engine import CudaEngine
+    from engine.cuda_options import CudaOptions
+
+    return CudaEngine(
+        engine_dir,
+        memory_budget_bytes=options.memory_budget_bytes,
+        capacity=spec.capacity,
+        options=CudaOptions(max_running=options.max_running),
+    )
+
+
 # An executor is added with a function like the one above and one line here.
 _OPENERS: Mapping[str, Opener] = {
     "cpu": _open_onnx,
@@ -133,4 +145,6 @@ _OPENERS: Mapping[str, Opener] = {
     "cpu ranks": _open_cpu_ranks,
     "tensorrt ranks": _open_gpu_ranks,
     "tensorrt-rtx ranks": _open_gpu_ranks,
+    "cuda": _open_cuda,
+    "cuda ranks": _open_gpu_ranks,
 }

@@ -7,6 +7,7 @@ and rank 0 alone returns tokens and logits. What it computes with is imported wh
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -65,9 +66,31 @@ def _open_tensorrt(options: RankOptions, collective: Collective) -> Engine:
     return TensorRtEngine(Path(options.engine_dir), runtime, capacity=options.capacity)
 
 
+def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
+    from engine.cuda_engine import CudaEngine
+    from engine.cuda_options import CudaOptions, TensorParallel
+
+    port = b""
+    if collective.rank == 0:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1]).encode()
+    address = f"tcp://127.0.0.1:{collective.broadcast(port).decode()}"
+    return CudaEngine(
+        Path(options.engine_dir),
+        memory_budget_bytes=options.memory_budget_bytes,
+        device=f"cuda:{collective.rank}",
+        capacity=options.capacity,
+        options=CudaOptions(
+            max_running=options.max_running,
+            tensor_parallel=TensorParallel(collective.rank, collective.size, address),
+        ),
+    )
+
+
 # Another target is added with a function like the one above and one line here.
 _EXECUTORS: Mapping[str, OpenExecutor] = {
     "cpu": _open_cpu,
+    "cuda": _open_cuda,
     "tensorrt": _open_tensorrt,
     "tensorrt-rtx": _open_tensorrt,
 }

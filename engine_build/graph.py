@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from engine_build.lowering_cpu import CpuLowering
-from engine_build.lowering_cuda import write_cuda_weights
+from engine_build.lowering_cuda import CudaWeights
 from engine_build.lowering_tensorrt import TensorRtLowering
 from engine_build.onnx_writer import GraphWriter
 from engine_build.shard import (
@@ -121,24 +121,27 @@ def define_decoder(spec: EngineSpec, graph: GraphWriter, lowering: Lowering) -> 
 def export_graph(
     spec: EngineSpec, tensors: Tensors, out_dir: Path, progress: Callable[[float], None]
 ) -> None:
-    """Write `weights.safetensors` and `graph.onnx` into the `rank_folder` of each rank in `out_dir`; for
-    cuda, which has no graph, the weights of all ranks as one file.
+    """Write `weights.safetensors` and `graph.onnx` into the `rank_folder` of each rank in `out_dir`.
+    An engine that brings its own decoder ("cuda") gets no graph.
 
     `tensors` are float32 under Hugging Face names. Each weight is read, cut, converted and written before
     the next is read. The graph is the same for all ranks. `progress` is called with the fraction done.
     Raises SpecError for a target that this release has no lowering for, or a `tp_size` that does not
     fit the model.
     """
-    if spec.target == "cuda":
-        write_cuda_weights(spec, tensors, out_dir / WEIGHTS_FILE, progress)
-        return
     graph = GraphWriter()
-    lowering = _lowering(spec, graph)
-    define_decoder(spec, graph, lowering)
+    lowering: Lowering | CudaWeights
+    if spec.target == "cuda":
+        lowering = CudaWeights(spec)
+        declared = lowering.declared
+    else:
+        lowering = _lowering(spec, graph)
+        define_decoder(spec, graph, lowering)
+        declared = graph.weights
     folders = [rank_folder(out_dir, rank, spec.tp_size) for rank in range(spec.tp_size)]
     for folder in folders:
         folder.mkdir(exist_ok=True)
-    writers = [WeightFileWriter(folder / WEIGHTS_FILE, graph.weights) for folder in folders]
+    writers = [WeightFileWriter(folder / WEIGHTS_FILE, declared) for folder in folders]
     weights = whole_weights(spec.model, spec.tp_size)
     for done, weight in enumerate(weights):
         progress(done / len(weights))
@@ -149,6 +152,8 @@ def export_graph(
                 writer.write(name, stored)
     for folder, writer in zip(folders, writers, strict=True):
         writer.close()
+        if spec.target == "cuda":
+            continue
         if spec.target == "cpu":
             model = graph.model("decoder", WEIGHTS_FILE, writer.stored)
         else:

@@ -44,8 +44,8 @@ class Candidate:
     """An engine to hold to the contract.
 
     `needs` are modules without which it is skipped, with that as the reason. `exact`: it computes in
-    float32, and is held to the oracle too. `slow`: that takes long here (an interpreter), so it runs with
-    the slow tests, or when `--engine` names this engine.
+    float32, and is held to the oracle too. `slow`: that takes long here (an interpreter), so all that and
+    whatever else takes long runs with the slow tests, or when `--engine` names this engine.
     """
 
     make: MakeEngine
@@ -90,8 +90,11 @@ ENGINES: dict[str, Candidate] = {
 }
 
 
-def chosen_engines(asked: Sequence[str] | None, *, exact: bool) -> list[Any]:
-    """Parameters for the tests of a contract. Raises UsageError for a name that means no engine."""
+def chosen_engines(
+    asked: Sequence[str] | None, *, exact: bool = False, long: bool = False
+) -> list[Any]:
+    """Parameters for a test, of exactness or one that takes `long` on a slow engine. Raises UsageError for a
+    name that means no engine."""
     for one in asked or ():
         if not any(_means(one, name) for name in ENGINES):
             raise pytest.UsageError(f"--engine {one}: none of {', '.join(ENGINES)}")
@@ -101,7 +104,7 @@ def chosen_engines(asked: Sequence[str] | None, *, exact: bool) -> list[Any]:
             continue
         if asked and not any(_means(one, name) for one in asked):
             continue
-        slow = [pytest.mark.slow] if candidate.slow and not asked else []
+        slow = [pytest.mark.slow] if candidate.slow and long and not asked else []
         chosen.append(pytest.param(name, marks=slow))
     return chosen
 

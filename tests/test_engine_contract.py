@@ -22,13 +22,17 @@ from tests.engine_contract import (
 )
 from tests.exactness_contract import ExactnessContract
 
+LONG = {"test_chunking_does_not_matter", "test_slots_do_not_see_one_another"}
+"""For an engine that is slow here; all of the exactness contract is."""
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.config.getoption("--engine")
+    long = metafunc.function.__name__ in LONG
     if "engine" in metafunc.fixturenames:
-        metafunc.parametrize("engine", chosen_engines(asked, exact=False), indirect=True)
+        metafunc.parametrize("engine", chosen_engines(asked, long=long), indirect=True)
     if "make" in metafunc.fixturenames:
-        metafunc.parametrize("make", chosen_engines(asked, exact=True), indirect=True)
+        metafunc.parametrize("make", chosen_engines(asked, exact=True, long=True), indirect=True)
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_an_engine_is_chosen_by_its_name_or_the_part_before_the_dash() -> None:
     assert names(["toy", "cpu-int8"]) == ["toy", "cpu-int8"]
     assert names(["cpu"], exact=True) == ["cpu-float32"]
     with pytest.raises(pytest.UsageError, match="gpu: none of toy, cpu-float32"):
-        chosen_engines(["gpu"], exact=False)
+        chosen_engines(["gpu"])
 
 
 def test_an_engine_whose_library_is_missing_is_skipped_with_the_reason(

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from cluster.gpus import MIB, Gpu, gpus_here
-from cluster.preflight import Check
+from cluster.preflight import Check, Verdict
 from engine_build.libraries import LIBRARIES, TARGET_LIBRARIES, installed_version
 from engine_build.spec import Target
 
@@ -46,7 +46,7 @@ def target_checks(gpus: bool, version: Callable[[str], str | None]) -> list[Chec
         missing = [name for name, found in versions.items() if found is None]
         detail = ", ".join(f"{name} {found or 'not installed'}" for name, found in versions.items())
         advice = "; ".join(LIBRARIES[name].install for name in missing) if gpus else ""
-        verdict = "warn" if missing and gpus and target == "cuda" else "ok"
+        verdict: Verdict = "warn" if missing and gpus and target == "cuda" else "ok"
         checks.append(Check(f"target {target}", verdict, detail, advice))
     return checks
 
