@@ -49,7 +49,7 @@ from engine_build.manifest import SPEC
 from engine_build.shard import check_tp_size
 from engine_build.spec import EngineSpec, SpecError
 
-mpi4py.rc.finalize = False  # at exit it would wait for ranks that are gone
+mpi4py.rc(finalize=False)  # at exit it would wait for ranks that are gone
 from mpi4py import MPI  # noqa: E402
 
 logger = logging.getLogger(__name__)

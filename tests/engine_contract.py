@@ -83,6 +83,9 @@ ENGINES: dict[str, Candidate] = {
     "cpu-float32": Candidate(onnx("float32")),
     "cpu-int8": Candidate(onnx("int8"), exact=False),
     "tensorrt-on-onnx": Candidate(make_tensorrt_engine),
+    "cuda-interpreted": Candidate(
+        elsewhere("tests.cuda_fixtures", "make_cuda_engine"), ("torch", "triton"), slow=True
+    ),
 }
 
 
