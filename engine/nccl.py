@@ -69,7 +69,7 @@ class NcclGroup:
 
     def close(self) -> None:
         """Leave the group without waiting for the others; idempotent."""
-        if self._handle:
+        if self._handle.value is not None:
             self._nccl.ncclCommAbort(self._handle)
         self._handle = ctypes.c_void_p()
 

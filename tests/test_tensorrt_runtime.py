@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -39,6 +39,7 @@ from tests.engine_fixtures import (  # noqa: E402
 from tests.reference import ReferenceDecoder, Rule  # noqa: E402
 
 CAPACITY, MAX_CHUNK, SLOTS = 32, 12, 6
+SHOWN: tuple[Literal["none", "last", "all"], ...] = ("none", "last", "all")
 GREEDY = SampleRequest(SamplingParams(temperature=0.0), 0, 0, np.zeros(0, np.int32))
 
 
@@ -145,7 +146,8 @@ class FakeGraph:
 
 
 @contextlib.contextmanager
-def recorded(graph: FakeGraph, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+def recorded(graph: FakeGraph, **options: Any) -> Iterator[None]:
+    assert options["capture_error_mode"] == "thread_local"  # other threads use CUDA too
     PLANS[-1].recording = graph.contexts
     yield
     PLANS[-1].recording = None
@@ -200,9 +202,10 @@ def test_rows_share_steps_draw_and_move(engine: TensorRtEngine) -> None:
         for n, slot in enumerate(slots):
             part = tokens[n][done[n] : done[n] + int(rng.choice([0, 1, 1, 1, 7, MAX_CHUNK]))]
             if len(part):
-                logits = ("none", "last", "all")[int(rng.integers(3))]
-                row = Row(slot, done[n], part, window, sample=GREEDY)
-                rows.append(dataclasses.replace(row, logits=logits))
+                row = Row(
+                    slot, done[n], part, window, sample=GREEDY, logits=SHOWN[int(rng.integers(3))]
+                )
+                rows.append(row)
                 who.append(n)
         for n, row, result in zip(who, rows, engine.step(StepPlan(tuple(rows))).rows, strict=True):
             done[n] += len(row.tokens)
@@ -212,17 +215,28 @@ def test_rows_share_steps_draw_and_move(engine: TensorRtEngine) -> None:
                 assert np.abs(result.logits - right[-len(result.logits) :]).max() < 1e-4
 
 
+def test_more_decode_rows_than_a_pass_holds_keep_their_logits(engine: TensorRtEngine) -> None:
+    window, slots = window_of(engine.spec, 4), range(SLOTS)
+    firsts = [random_tokens(slot, 1) for slot in slots]
+    rows = [Row(slot, 0, firsts[slot], window, sample=GREEDY) for slot in slots]
+    drawn = [result.token_id for result in engine.step(StepPlan(tuple(rows))).rows]
+    assert drawn == [int(oracle(4, first)[0].argmax()) for first in firsts]
+    assert len(set(drawn)) > 1
+
+
 def test_a_bucket_is_captured_once_and_replayed(engine: TensorRtEngine) -> None:
     window, plan = window_of(engine.spec, 4), PLANS[-1]
     tokens = random_tokens(7, 20)
+    runtime: Any = engine._runtime
+    captured = []
     for at in range(10):
         rows = [Row(slot, at, tokens[at : at + 1], window, sample=GREEDY) for slot in range(3)]
         engine.step(StepPlan(tuple(rows)))
+        (one,) = runtime._passes.values()
+        captured.append(one._graph is not None)
     (context,) = plan.contexts
     assert context.shapes["token_ids"] == (4, 1)
-    runtime: Any = engine._runtime
-    (one,) = runtime._passes.values()
-    assert (one._graph is not None) == (engine.spec.target == "tensorrt")
+    assert captured == [False] + 9 * [engine.spec.target == "tensorrt"]
     # Captured enqueues do not run on a GPU; here they do, once more.
     assert plan.num_enqueued == 10 + (one._graph is not None)
 
