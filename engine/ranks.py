@@ -43,7 +43,7 @@ from engine.collective import Floats
 from engine.plan_check import check_plan
 from engine.plan_codec import PlanDamaged, decode_plan, encode_plan
 from engine.protocol import Engine, EngineDead, StepPlan, StepResult
-from engine.rank_executors import RankOptions, open_executor
+from engine.rank_executors import OpenExecutor, RankOptions, open_executor
 from engine.rank_watch import RANK_TIMEOUT_S, Beats, BeatThread, watcher
 from engine_build.manifest import SPEC
 from engine_build.shard import check_tp_size
@@ -162,10 +162,13 @@ class MpiCollective:
 class RankGroup:
     """Rank 0's hold on the others, from their start to their end.
 
-    Raises SpecError where MPI's launcher is missing, EngineDead when a second group is started.
+    `module` is what the other ranks run: it calls `main`. Raises SpecError where MPI's launcher is missing,
+    EngineDead when a second group is started.
     """
 
-    def __init__(self, size: int, options: RankOptions, timeouts: RankTimeouts) -> None:
+    def __init__(
+        self, size: int, options: RankOptions, timeouts: RankTimeouts, module: str = __name__
+    ) -> None:
         if MPI.Is_finalized():
             raise EngineDead("a process can start tensor-parallel ranks once. Start a new process")
         _leave_process_group()
@@ -180,7 +183,7 @@ class RankGroup:
                 "beats": str(beats_file),
                 "rank0": os.getpid(),
             }
-            arguments = ["-m", __name__, json.dumps(told)]
+            arguments = ["-m", module, json.dumps(told)]
             try:
                 with _launcher_environment():
                     self._ranks = MPI.COMM_SELF.Spawn(sys.executable, arguments, size - 1)
@@ -340,7 +343,7 @@ def _launcher_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run_rank(told: dict[str, Any]) -> None:
+def run_rank(told: dict[str, Any], open_mine: OpenExecutor) -> None:
     """A rank other than 0, from its start to its end."""
     timeouts = RankTimeouts(**told["timeouts"])
     parent = MPI.Comm.Get_parent()
@@ -351,7 +354,7 @@ def run_rank(told: dict[str, Any]) -> None:
 
     def tick() -> None:
         beats.beat()
-        if not rank0.is_running() or rank0.status() == psutil.STATUS_ZOMBIE:
+        if _is_gone(rank0):
             os._exit(1)
 
     thread = BeatThread(tick)
@@ -359,7 +362,7 @@ def run_rank(told: dict[str, Any]) -> None:
     executor: Engine | None = None
     report: dict[str, Any]
     try:
-        executor = open_executor(RankOptions(**told["options"]), collective)
+        executor = open_mine(RankOptions(**told["options"]), collective)
         report = {"max_resident": executor.max_resident}
     except Exception:
         report = {"failed": traceback.format_exc()[-2000:]}
@@ -376,6 +379,13 @@ def run_rank(told: dict[str, Any]) -> None:
     MPI.Finalize()
 
 
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _run_plan(executor: Engine, message: bytes) -> None:
     try:
         plan = decode_plan(message)
@@ -385,10 +395,15 @@ def _run_plan(executor: Engine, message: bytes) -> None:
         executor.step(plan)
 
 
-if __name__ == "__main__":
+def main(open_mine: OpenExecutor) -> None:
+    """The program of a rank other than 0."""
     try:
-        run_rank(json.loads(sys.argv[1]))
+        run_rank(json.loads(sys.argv[1]), open_mine)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # no waiting for others at exit: the launcher ends them all
+
+
+if __name__ == "__main__":
+    main(open_executor)
