@@ -99,6 +99,10 @@ def _open_cpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) 
     return _open_ranks(engine_dir, spec, options, memory_budget_bytes=share, threads=threads)
 
 
+def _open_gpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
+    return _open_ranks(engine_dir, spec, options, memory_budget_bytes=options.memory_budget_bytes)
+
+
 def _open_ranks(
     engine_dir: Path,
     spec: EngineSpec,
@@ -127,4 +131,6 @@ _OPENERS: Mapping[str, Opener] = {
     "tensorrt": _open_tensorrt,
     "tensorrt-rtx": _open_tensorrt,
     "cpu ranks": _open_cpu_ranks,
+    "tensorrt ranks": _open_gpu_ranks,
+    "tensorrt-rtx ranks": _open_gpu_ranks,
 }

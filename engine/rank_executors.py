@@ -58,5 +58,16 @@ def _open_cpu(options: RankOptions, collective: Collective) -> Engine:
     )
 
 
+def _open_tensorrt(options: RankOptions, collective: Collective) -> Engine:
+    from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+
+    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running, collective)
+    return TensorRtEngine(Path(options.engine_dir), runtime, capacity=options.capacity)
+
+
 # Another target is added with a function like the one above and one line here.
-_EXECUTORS: Mapping[str, OpenExecutor] = {"cpu": _open_cpu}
+_EXECUTORS: Mapping[str, OpenExecutor] = {
+    "cpu": _open_cpu,
+    "tensorrt": _open_tensorrt,
+    "tensorrt-rtx": _open_tensorrt,
+}
