@@ -129,9 +129,10 @@ class TensorRtRuntime:
         """See `PlanRuntime.draw`."""
         with torch.cuda.stream(self._stream):
             self._sampler.prepare(requests)
-            self._sampler.run(self._held[0] if len(self._held) == 1 else torch.cat(self._held))
+            logits = self._held[0] if len(self._held) == 1 else torch.cat(self._held)
+            self._sampler.run(logits)
             self._held = []
-            return self._sampler.read()
+            return self._sampler.read(logits)
 
     def swap(self, row: int, other: int) -> None:
         """See `PlanRuntime.swap`."""
