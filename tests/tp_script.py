@@ -83,7 +83,11 @@ def main(engine_dir: Path, scenario: str, out: str) -> None:
     if scenario == "compute":
         np.savez(out, **conversations(engine))  # type: ignore[arg-type]
         try:
-            engine.step(StepPlan((Row(engine.max_resident, 0, random_tokens(1, 1), window_of(engine.spec, 4)),)))
+            engine.step(
+                StepPlan(
+                    (Row(engine.max_resident, 0, random_tokens(1, 1), window_of(engine.spec, 4)),)
+                )
+            )
         except ValueError as error:
             tell(refused=str(error))
         engine.close()
