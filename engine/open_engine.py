@@ -86,6 +86,13 @@ def _open_onnx(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> En
     )
 
 
+def _open_tensorrt(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
+    from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+
+    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running)
+    return TensorRtEngine(engine_dir, runtime, capacity=options.capacity)
+
+
 def _open_cpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
     budget = options.memory_budget_bytes
     share = (CPU_BUDGET_BYTES if budget is None else budget) // spec.tp_size
@@ -118,5 +125,7 @@ def _open_ranks(
 # An executor is added with a function like the one above and one line here.
 _OPENERS: Mapping[str, Opener] = {
     "cpu": _open_onnx,
+    "tensorrt": _open_tensorrt,
+    "tensorrt-rtx": _open_tensorrt,
     "cpu ranks": _open_cpu_ranks,
 }

@@ -40,7 +40,11 @@ def _problem(row: Row, spec: EngineSpec, max_resident: int) -> str | None:
         return f"tokens: {tokens.dtype} {tokens.shape} is not a vector of integers"
     if not 1 <= len(tokens) <= spec.max_chunk:
         return f"tokens: {len(tokens)} of them, not 1..{spec.max_chunk}"
-    if int(tokens.min()) < 0 or int(tokens.max()) >= spec.model.vocab_size:
+    # Most rows have one token, and the reductions would cost more than all other checks.
+    lowest, highest = tokens[0], tokens[0]
+    if len(tokens) > 1:
+        lowest, highest = tokens.min(), tokens.max()
+    if lowest < 0 or highest >= spec.model.vocab_size:
         return f"tokens: an id is not in 0..{spec.model.vocab_size - 1}"
     if max(row.start, window.sink_tokens) < min(row.start + len(tokens), row.window_start):
         return f"window_start: {row.window_start} is past a token of this row"
@@ -53,3 +57,16 @@ def _problem(row: Row, spec: EngineSpec, max_resident: int) -> str | None:
     if row.logits not in ("none", "last", "all"):
         return f"logits: {row.logits!r} is not none, last or all"
     return None
+
+
+def check_rings(plan: StepPlan) -> None:
+    """For engines that write a chunk before they read: no key may be overwritten that the chunk's first
+    query still sees. Raises ValueError naming the field.
+    """
+    for number, row in enumerate(plan.rows):
+        needed = row.window.window_tokens + len(row.tokens) - 1
+        if row.window.ring_tokens < needed:
+            raise ValueError(
+                f"rows[{number}].window.ring_tokens: {row.window.ring_tokens} < {needed}, which a chunk "
+                f"of {len(row.tokens)} tokens needs"
+            )

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from engine_build.lowering_cpu import CpuLowering
+from engine_build.lowering_cuda import write_cuda_weights
 from engine_build.lowering_tensorrt import TensorRtLowering
 from engine_build.onnx_writer import GraphWriter
 from engine_build.shard import (
@@ -120,13 +121,17 @@ def define_decoder(spec: EngineSpec, graph: GraphWriter, lowering: Lowering) -> 
 def export_graph(
     spec: EngineSpec, tensors: Tensors, out_dir: Path, progress: Callable[[float], None]
 ) -> None:
-    """Write `weights.safetensors` and `graph.onnx` into the `rank_folder` of each rank in `out_dir`.
+    """Write `weights.safetensors` and `graph.onnx` into the `rank_folder` of each rank in `out_dir`; for
+    cuda, which has no graph, the weights of all ranks as one file.
 
     `tensors` are float32 under Hugging Face names. Each weight is read, cut, converted and written before
     the next is read. The graph is the same for all ranks. `progress` is called with the fraction done.
     Raises SpecError for a target that this release has no lowering for, or a `tp_size` that does not
     fit the model.
     """
+    if spec.target == "cuda":
+        write_cuda_weights(spec, tensors, out_dir / WEIGHTS_FILE, progress)
+        return
     graph = GraphWriter()
     lowering = _lowering(spec, graph)
     define_decoder(spec, graph, lowering)
@@ -152,9 +157,16 @@ def export_graph(
     progress(1.0)
 
 
+def graph_of_inputs(spec: EngineSpec) -> onnx.ModelProto:
+    """The decoder for TensorRT with its weights as inputs: of a shape alone, no checkpoint is needed."""
+    graph = GraphWriter()
+    define_decoder(spec, graph, _lowering(spec, graph))
+    return graph.model_of_inputs("decoder")
+
+
 def _lowering(spec: EngineSpec, graph: GraphWriter) -> Lowering:
     if spec.target == "cpu":
         return CpuLowering(spec, graph)
     if spec.target in ("tensorrt", "tensorrt-rtx"):
         return TensorRtLowering(spec, graph)
-    raise SpecError("target", f"{spec.target!r} has no lowering", "Use cpu or tensorrt")
+    raise SpecError("target", f"{spec.target!r} has no graph", "Use cpu or tensorrt")

@@ -50,7 +50,9 @@ class CpuLowering:
         self._graph = graph
         self._kv_bytes = spec.kv_bytes
         self._int8 = spec.weight_format == "int8"
-        self._sizes = {weight.name: weight.shape for weight in rank_weights(spec.model, 0, spec.tp_size)}
+        self._sizes = {
+            weight.name: weight.shape for weight in rank_weights(spec.model, 0, spec.tp_size)
+        }
         graph.input(ANGLES, np.float32, ["tokens", 4, shape.rope.rotary_dim // 2])
         graph.input(ROWS, np.int64, ["rows", ROW_FIELDS])
         graph.input(CACHE, np.uint8, [shape.num_layers, "slots", 2 * shape.num_kv_heads, "bytes"])

