@@ -223,6 +223,67 @@ def build(
 
 
 @app.command(
+    epilog=examples(
+        "sinkserve verify ./llama",
+        "sinkserve verify ./llama --model ./Llama-3-8B --layers",
+        "sinkserve verify ./llama --tokens 20000 --text war-and-peace.txt --out report.json",
+    )
+)
+def verify(
+    engine_dir: Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="What was built.")],
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to run in all. Default: 6 times the capacity.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint that was built: says what rounding its weights costs."),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="That for each layer; needs --model.")
+    ] = False,
+    mistakes: Annotated[
+        bool,
+        typer.Option(
+            "--mistakes/--no-mistakes", help="Look for windows that are wrong by one, too."
+        ),
+    ] = True,
+    capacity: Annotated[
+        int | None, typer.Option(min=8, help="Of the service, if it overrules the engine's.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="What is run. Default: Python's documentation.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of a CPU engine. Default: all cores.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The report, JSON. Default: verify.json in ENGINE_DIR, for the service."),
+    ] = None,
+) -> None:
+    """Run a built engine beside a float reference, on the machine that is to serve it.
+
+    Conversations in chunks of many sizes, side by side, past several windows, one of them restored by a
+    bounded replay; every logit is compared, then the trace of wrong windows is looked for in what is left.
+    The service refuses an engine for GPUs without a report that passed, and any engine with one that
+    failed. Exit status 1 if it fails. The reference runs on the CPU: minutes for large models.
+    """
+    from deployments.local import verify as verify_command
+
+    request = verify_command.VerifyRequest(
+        tokens=tokens,
+        capacity=capacity,
+        threads=threads or os.cpu_count() or 1,
+        model=model,
+        layers=layers,
+        mistakes=mistakes,
+        text=text,
+        out=out,
+    )
+    raise typer.Exit(verify_command.run(engine_dir, request, CONSOLE))
+
+
+@app.command(
     name="measure-replay",
     epilog=examples(
         "sinkserve measure-replay",

@@ -57,7 +57,7 @@ class Reducer:
     def _call(self, context: int | None, values: int, count: int) -> int:
         try:
             memory = (ctypes.c_float * count).from_address(values)
-            self._all_reduce(np.frombuffer(memory, dtype=np.float32))
+            self._all_reduce(np.frombuffer(memoryview(memory).cast("B"), dtype=np.float32))
         except BaseException as error:
             self.failed = error
             return 1

@@ -122,11 +122,15 @@ class FloatLayer:
     shape: ModelShape
     weights: dict[str, Floats]
 
-    def apply(self, x: Floats, passage: Passage) -> Floats:
-        """Hidden states [n, hidden] of a passage's tokens after this layer."""
+    def apply(self, x: Floats, passage: Passage, first: int = 0) -> Floats:
+        """Hidden states [n - first, hidden] after this layer of a passage's tokens from `first` on.
+
+        `x` [n, hidden] are those before it, of all tokens.
+        """
         weights, epsilon = self.weights, self.shape.rms_norm_eps
         normed = _norm(x, weights["input_norm"], epsilon)
-        x = x + self._linear(self._attend(self._linear(normed, "qkv"), passage), "output")
+        attended = self._attend(self._linear(normed, "qkv"), passage, first)
+        x = x[first:] + self._linear(attended, "output")
         normed = _norm(x, weights["mlp_norm"], epsilon)
         gate, up = np.split(self._linear(normed, "gate_up"), 2, axis=1)
         with np.errstate(over="ignore"):
@@ -139,8 +143,8 @@ class FloatLayer:
         bias = self.weights.get(name + ".bias")
         return product if bias is None else product + bias
 
-    def _attend(self, qkv: Floats, passage: Passage) -> Floats:
-        """[n, (heads + 2 * kv_heads) * head_dim] -> [n, heads * head_dim]."""
+    def _attend(self, qkv: Floats, passage: Passage, first: int) -> Floats:
+        """[n, (heads + 2 * kv_heads) * head_dim] -> [n - first, heads * head_dim]."""
         shape, indices = self.shape, passage.indices
         num_q, num_kv = shape.num_heads, shape.num_kv_heads
         heads = qkv.reshape(len(qkv), num_q + 2 * num_kv, shape.head_dim)
@@ -154,18 +158,18 @@ class FloatLayer:
         q_to_sinks = self._rotate(q, passage.sink_positions)
         attended = np.empty_like(q)
         sinks = passage.num_sinks
-        for begin in range(0, len(q), _QUERIES_AT_ONCE):
+        for begin in range(first, len(q), _QUERIES_AT_ONCE):
             queries = indices[begin : begin + _QUERIES_AT_ONCE]
             end = begin + len(queries)
             oldest = int(np.searchsorted(indices, queries[0] - passage.num_window + 1))
-            first = max(sinks, oldest)
-            keys = indices[first:end]
+            oldest = max(sinks, oldest)
+            keys = indices[oldest:end]
             causal = indices[:sinks] <= queries[:, None]
             window = (keys <= queries[:, None]) & (keys > queries[:, None] - passage.num_window)
             scores = np.concatenate(
                 [
                     self._scores(q_to_sinks[begin:end], turned_k[:sinks]),
-                    self._scores(turned_q[begin:end], turned_k[first:end]),
+                    self._scores(turned_q[begin:end], turned_k[oldest:end]),
                 ],
                 axis=-1,
             ).astype(np.float64)
@@ -173,10 +177,10 @@ class FloatLayer:
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=-1, keepdims=True)
-            values = np.concatenate([v[:sinks], v[first:end]]).transpose(1, 0, 2)
+            values = np.concatenate([v[:sinks], v[oldest:end]]).transpose(1, 0, 2)
             mixed = scores.astype(v.dtype) @ values[:, None]
             attended[begin:end] = mixed.reshape(num_q, end - begin, -1).transpose(1, 0, 2)
-        return attended.reshape(len(qkv), -1)
+        return attended[first:].reshape(len(qkv) - first, -1)
 
     def _scores(self, q: Floats, k: Floats) -> Floats:
         """[n, heads, dim] and [m, kv_heads, dim] -> [kv_heads, heads / kv_heads, n, m]."""

@@ -7,8 +7,8 @@ The replica's process is rank 0. It starts the others through MPI, sends every S
 
 What ends a wait:
 
-    a rank died              MPICH's launcher kills every process of the group, rank 0's too: the replica is
-                             gone at once, and its conversations go on elsewhere
+    a rank died              MPICH's launcher kills all of them, rank 0 too: the replica is gone at once, and
+                             its conversations go on elsewhere
     a rank's process hangs   rank 0 sees its counter stand still (rank_watch.py) and kills it: see above
     a live rank lags         an all-reduce waits for it for `step_timeout_s`, then EngineDead: nothing tells
                              a live process that is stuck from one that is slow
@@ -49,7 +49,7 @@ from engine_build.manifest import SPEC
 from engine_build.shard import check_tp_size
 from engine_build.spec import EngineSpec, SpecError
 
-mpi4py.rc.finalize = False  # at exit it would wait for ranks that are gone
+mpi4py.rc(finalize=False)  # at exit it would wait for ranks that are gone
 from mpi4py import MPI  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,7 @@ class RankGroup:
     def __init__(self, size: int, options: RankOptions, timeouts: RankTimeouts) -> None:
         if MPI.Is_finalized():
             raise EngineDead("a process can start tensor-parallel ranks once. Start a new process")
+        _leave_process_group()
         self._thread: BeatThread | None = None
         self._timeouts = timeouts
         with tempfile.TemporaryDirectory(prefix="sinkserve-ranks-") as folder:
@@ -307,6 +308,12 @@ class TensorParallelEngine:
         with contextlib.suppress(EngineDead):
             self._group.collective.gather_text("{}", RankTimeouts().start_s)
         logger.error("rank 0 could not start: %s", error)
+
+
+def _leave_process_group() -> None:
+    """The launcher kills rank 0's whole process group, and a Ray worker shares the one of its node."""
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The one entry point of a build: a model becomes an engine directory.
 
-Steps: checkpoint -> text files -> graph and weights -> spec -> manifest. They run in a folder beside
-the target, which takes the target's name only when it is whole.
+Steps: checkpoint -> text files -> graph and weights -> plan (for TensorRT) -> spec -> manifest. They run
+in a folder beside the target, which takes the target's name only when it is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from engine_build.chat_template import derive_chat_pieces
 from engine_build.checkpoint import read_checkpoint
 from engine_build.files import locked, sha256_of, sync
-from engine_build.graph import export_graph
+from engine_build.graph import GRAPH_FILE, export_graph
 from engine_build.libraries import missing_library
 from engine_build.manifest import (
     CHAT,
@@ -34,7 +34,14 @@ from engine_build.manifest import (
     load_manifest,
     write_manifest,
 )
-from engine_build.shard import check_tp_size
+from engine_build.plan import (
+    PLAN_FILE,
+    PLAN_TARGETS,
+    PlanOptions,
+    build_plan,
+    check_library,
+)
+from engine_build.shard import check_tp_size, rank_folder
 from engine_build.spec import (
     TARGET_FORMATS,
     EngineSpec,
@@ -46,6 +53,7 @@ from engine_build.spec import (
 from engine_build.tensors import Checkpoint
 
 LOCK = ".sinkserve-build.lock"
+TIMING_CACHE = ".sinkserve-timing.cache"
 SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors")
 
 Progress = Callable[[str, float], None]
@@ -54,10 +62,12 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build.
+    """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build, unless a plan
+    holds them.
 
     `tp_size` tensor-parallel ranks share each step; each has graph and weights of its own, in `rank0`, ...
-    `weight_format` None is what suits the target (`stored_format`).
+    `weight_format` None is what suits the target (`stored_format`). `compute_capabilities` such as ("8.9",)
+    are those that a TensorRT-RTX plan is for; none: its own choice.
     """
 
     capacity: int = 512
@@ -65,6 +75,7 @@ class BuildOptions:
     weight_format: WeightFormat | None = None
     target: Target = "cpu"
     tp_size: int = 1
+    compute_capabilities: tuple[str, ...] = ()
 
     @property
     def stored_format(self) -> WeightFormat:
@@ -121,6 +132,8 @@ def _convert(
     source: Path, options: BuildOptions, folder: Path, progress: Progress
 ) -> tuple[EngineSpec, ModelCard]:
     """Write text files, graph and weights of the model at `source`; its card lacks the build key."""
+    if options.target in PLAN_TARGETS:
+        check_library(options.target)
     checkpoint = read_checkpoint(source)
     check_capacity(options.capacity, checkpoint.trained_tokens)
     spec = EngineSpec(
@@ -147,6 +160,15 @@ def _convert(
         if missing is None:
             raise
         raise missing from error
+    if spec.target in PLAN_TARGETS:
+        timing_cache = folder.parent / TIMING_CACHE if spec.target == "tensorrt" else None
+        build_plan(
+            spec,
+            rank_folder(folder, 0, spec.tp_size) / GRAPH_FILE,
+            folder / PLAN_FILE,  # one plan serves all ranks: weights are its inputs
+            lambda fraction: progress("build the plan", fraction),
+            PlanOptions(options.compute_capabilities, timing_cache),
+        )
     card = ModelCard(
         name=checkpoint.name,
         trained_tokens=checkpoint.trained_tokens,
@@ -164,6 +186,8 @@ def _build_key(source: Path, options: BuildOptions) -> str:
         files = [source] if source.is_file() else []
     files += sorted(Path(__file__).parent.glob("*.py"))
     parts: list[str] = [options.stored_format, options.target, str(options.tp_size)]
+    if options.target in PLAN_TARGETS:
+        parts += [f"{options.capacity} {options.max_chunk}", *options.compute_capabilities]
     parts += [f"{file.name} {sha256_of(file)}" for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -162,9 +162,16 @@ def export_graph(
     progress(1.0)
 
 
+def graph_of_inputs(spec: EngineSpec) -> onnx.ModelProto:
+    """The decoder for TensorRT with its weights as inputs: of a shape alone, no checkpoint is needed."""
+    graph = GraphWriter()
+    define_decoder(spec, graph, _lowering(spec, graph))
+    return graph.model_of_inputs("decoder")
+
+
 def _lowering(spec: EngineSpec, graph: GraphWriter) -> Lowering:
     if spec.target == "cpu":
         return CpuLowering(spec, graph)
     if spec.target in ("tensorrt", "tensorrt-rtx"):
         return TensorRtLowering(spec, graph)
-    raise SpecError("target", f"{spec.target!r} has no lowering", "Use cpu or tensorrt")
+    raise SpecError("target", f"{spec.target!r} has no graph", "Use cpu or tensorrt")

@@ -30,8 +30,9 @@ import numpy.typing as npt
 from onnx import helper, numpy_helper
 
 from engine_build.onnx_writer import Dimension, GraphWriter
-from engine_build.spec import EngineSpec, KvDtype, SpecError, WeightFormat
-from engine_build.weights import MergedWeight, merged_weights
+from engine_build.shard import rank_weights, shard_shape
+from engine_build.spec import EngineSpec, KvDtype, WeightFormat
+from engine_build.weights import MergedWeight
 
 Floats = npt.NDArray[np.float32]
 
@@ -39,6 +40,8 @@ TOKEN_IDS = "token_ids"
 ANGLES, ROW_FIELDS, QUERY_AGES, WRITE_PLACES = "angles", "row_fields", "query_ages", "write_places"
 NUM_ROW_FIELDS = 6
 LEVELS, SCALES = ".levels", ".scales"
+TENSORRT = "tensorrt"
+"""Domain of the one operator that ONNX lacks, DistCollective: TensorRT's parser goes by its name."""
 
 COMPUTE_DTYPES: dict[KvDtype, type[np.generic]] = {
     "float32": np.float32,
@@ -79,7 +82,7 @@ def num_places(spec: EngineSpec) -> int:
 
 def kv_heads(spec: EngineSpec) -> int:
     """KV heads of one rank."""
-    return spec.model.num_kv_heads // spec.tp_size
+    return shard_shape(spec.model, spec.tp_size).num_kv_heads
 
 
 def cache_row_bytes(spec: EngineSpec) -> int:
@@ -108,16 +111,17 @@ class TensorRtLowering:
     """
 
     def __init__(self, spec: EngineSpec, graph: GraphWriter) -> None:
-        shape = spec.model
+        shape = shard_shape(spec.model, spec.tp_size)
         self._spec = spec
         self._shape = shape
         self._graph = graph
-        self._heads = shape.num_heads // spec.tp_size
-        self._kv_heads = kv_heads(spec)
+        self._heads = shape.num_heads
+        self._kv_heads = shape.num_kv_heads
         self._dtype = COMPUTE_DTYPES[spec.kv_dtype]
         self._element = helper.np_dtype_to_tensor_dtype(np.dtype(self._dtype))
         self._float32 = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
-        self._sizes = {weight.name: weight.shape for weight in merged_weights(shape)}
+        weights = rank_weights(spec.model, 0, spec.tp_size)
+        self._sizes = {weight.name: weight.shape for weight in weights}
         self._places = num_places(spec)
         self._constants: dict[tuple[str, bytes], str] = {}
 
@@ -163,14 +167,18 @@ class TensorRtLowering:
         return self._as_float32(self.linear(x, name))
 
     def all_reduce(self, x: str) -> str:
-        """See `Lowering.all_reduce`. Raises SpecError for more than one rank."""
-        if self._spec.tp_size > 1:
-            raise SpecError(
-                "tp_size",
-                f"{self._spec.target} runs one rank in this release",
-                "Use 1, or another target",
-            )
-        return x
+        """See `Lowering.all_reduce`: NCCL, through the communicator that the runtime gives its contexts."""
+        if self._spec.tp_size == 1:
+            return x
+        return self._graph.node(
+            "DistCollective",
+            [x],
+            TENSORRT,
+            collective_operation="all_reduce",
+            reduce_op="sum",
+            root=-1,
+            group_size=0,  # all ranks
+        )
 
     def norm(self, x: str, name: str) -> str:
         """See `Lowering.norm`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_build.plan_profiles import input_shapes, plan_profiles
-from engine_build.spec import EngineSpec, SpecError
+from engine_build.spec import EngineSpec, SpecError, Target
 from engine_build.tensorrt_library import (
     choose_capabilities,
     load_tensorrt,
@@ -21,6 +21,8 @@ from engine_build.tensorrt_library import (
 )
 
 PLAN_FILE = "decoder.plan"
+PLAN_TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-rtx")
+"""Targets that run a plan: a graph of theirs is built further, and fits one capacity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,11 @@ class PlanOptions:
 
 
 DEFAULT_PLAN_OPTIONS = PlanOptions()
+
+
+def check_library(target: Target) -> None:
+    """Raises SpecError where a plan for this target cannot be built, before anything is."""
+    open_builder(load_tensorrt(target), target)
 
 
 def build_plan(

@@ -15,31 +15,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine_build.libraries import LIBRARIES, missing_library
 from engine_build.spec import SpecError, Target
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_INSTALL = {
-    "tensorrt": "Install `tensorrt` (10.16 or later) from NVIDIA's package index, or use tensorrt-rtx",
-    "tensorrt-rtx": "Install it with `pip install tensorrt-rtx`",
-}
 _LAYERS = ("add_kv_cache_update", "add_rotary_embedding")
 
 
 def load_tensorrt(target: Target) -> Any:
     """The module for a target. Raises SpecError saying what to install where it is missing or too old."""
+    module = MODULES[target]
     try:
-        trt = importlib.import_module(MODULES[target])
-    except ImportError as error:
+        trt = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = missing_library(target, error)
+        if missing is None:
+            raise
+        raise missing from error
+    except (
+        ImportError
+    ) as error:  # the stub that stands for it where NVIDIA's index cannot be reached
         raise SpecError(
-            "target", f"{target} is not installed ({error})", _INSTALL[target]
+            "target", f"{module} cannot be loaded ({error})", _install(module)
         ) from error
-    missing = [
-        name for name in _LAYERS if not hasattr(getattr(trt, "INetworkDefinition", trt), name)
-    ]
-    if missing:
-        version = getattr(trt, "__version__", "unknown")
-        raise SpecError("target", f"{target} {version} lacks {missing[0]}", _INSTALL[target])
+    lacking = [name for name in _LAYERS if not hasattr(trt.INetworkDefinition, name)]
+    if lacking:
+        problem = f"{module} {trt.__version__} lacks {lacking[0]}"
+        raise SpecError("target", problem, _install(module))
     return trt
+
+
+def _install(module: str) -> str:
+    return f"Install it: {LIBRARIES[module].install}"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The TensorRT engine over ONNX Runtime: its graph, inputs and passes on a CPU, in float32.
+"""The TensorRT engine over ONNX Runtime: its graph, inputs and passes on a CPU, in float32 or float16.
 
 Stands in for engine/tensorrt_runtime.py alone: everything that decides is the real thing.
 """
@@ -22,6 +22,7 @@ from engine.tensorrt_inputs import PassInputs
 from engine_build.graph import GRAPH_FILE, LOGIT_ROWS, LOGITS, WEIGHTS_FILE, export_graph
 from engine_build.lowering_tensorrt import (
     ANGLES,
+    COMPUTE_DTYPES,
     PRESENT,
     QUERY_AGES,
     ROW_FIELDS,
@@ -30,7 +31,7 @@ from engine_build.lowering_tensorrt import (
     cache_names,
 )
 from engine_build.plan_profiles import Size, input_shapes, plan_profiles, profile_for
-from engine_build.spec import EngineSpec, WeightFormat
+from engine_build.spec import EngineSpec, KvDtype, WeightFormat
 from engine_build.weights import read_weight_file
 from tests.engine_fixtures import cached_tensors, tiny_shape
 
@@ -51,8 +52,9 @@ class OnnxPlanRuntime:
         self._spec = spec
         self._weights = read_weight_file(engine_dir / WEIGHTS_FILE)
         shapes = input_shapes(spec, Size(num_rows, 1, 1))
-        self.caches: dict[str, npt.NDArray[np.float32]] = {
-            name: np.full(shapes[name], np.nan, dtype=np.float32)
+        dtype = COMPUTE_DTYPES[spec.kv_dtype]
+        self.caches: dict[str, npt.NDArray[Any]] = {
+            name: np.full(shapes[name], np.nan, dtype=dtype)
             for layer in range(spec.model.num_layers)
             for name in cache_names(layer)
         }
@@ -138,10 +140,11 @@ def make_tensorrt_engine(
     max_chunk: int = 20,
     slots: int = 4,
     weight_format: WeightFormat = "float32",
+    kv_dtype: KvDtype = "float32",
 ) -> TensorRtEngine:
-    """A float32 engine of a tiny model for target tensorrt-rtx; 8-bit weights too, with float32 beside."""
+    """An engine of a tiny model for target tensorrt-rtx; `kv_dtype` is that of all it computes."""
     spec = EngineSpec(
-        tiny_shape(family), capacity, max_chunk, weight_format, "float32", "tensorrt-rtx"
+        tiny_shape(family), capacity, max_chunk, weight_format, kv_dtype, "tensorrt-rtx"
     )
     folder, _ = _exported(spec, family)
 

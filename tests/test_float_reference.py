@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +25,7 @@ def weight_of(family: str) -> Callable[[str], npt.NDArray[np.float32]]:
     return lambda name: by_name[name].load(cached_tensors(family))
 
 
-def logits_of(
-    family: str, passage: Passage, dtype: type[np.floating[npt.NBitBase]] = np.float64
-) -> Floats:
+def logits_of(family: str, passage: Passage, dtype: type[np.floating[Any]] = np.float64) -> Floats:
     decoder = FloatDecoder(tiny_shape(family), weight_of(family), dtype)
     return decoder.head()(decoder.hidden(passage))
 
@@ -39,6 +39,11 @@ def oracle(family: str, rule: Rule) -> ReferenceDecoder:
     return ReferenceDecoder(tiny_shape(family), cached_tensors(family), rule)
 
 
+@functools.cache
+def oracle_logits(family: str, rule: Rule) -> Floats:
+    return oracle(family, rule).push_all(0, random_tokens(7, LENGTH))
+
+
 def difference(got: Floats, wanted: Floats) -> float:
     assert got.shape == wanted.shape
     return float(np.abs(got - wanted).max())
@@ -50,7 +55,7 @@ FOLDED = 1e-4
 
 @pytest.mark.parametrize("family", [*FAMILIES, PARTIAL_ROTARY])
 def test_every_family_equals_the_oracle(family: str) -> None:
-    wanted = oracle(family, Rule(4, CAPACITY - 4)).push_all(0, random_tokens(7, LENGTH))
+    wanted = oracle_logits(family, Rule(4, CAPACITY - 4))
     assert difference(logits_of(family, passage_of(4)), wanted) < FOLDED
 
 
@@ -60,7 +65,7 @@ def test_blocks_of_any_size_and_any_number_of_sinks(
     sinks: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.float_reference._QUERIES_AT_ONCE", queries)
-    wanted = oracle("llama", Rule(sinks, CAPACITY - sinks)).push_all(0, random_tokens(7, LENGTH))
+    wanted = oracle_logits("llama", Rule(sinks, CAPACITY - sinks))
     assert difference(logits_of("llama", passage_of(sinks)), wanted) < FOLDED
 
 
@@ -93,8 +98,20 @@ WRONG: dict[Mistake, Rule] = {
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_the_mistakes_are_those_of_the_oracle(mistake: Mistake) -> None:
-    wanted = oracle("llama", WRONG[mistake]).push_all(0, random_tokens(7, LENGTH))
+    wanted = oracle_logits("llama", WRONG[mistake])
     assert difference(logits_of("llama", passage_of(4, mistake)), wanted) < FOLDED
+
+
+def test_the_last_tokens_alone_are_the_same() -> None:
+    passage, first = passage_of(4), 93
+    decoder = FloatDecoder(tiny_shape("llama"), weight_of("llama"), np.float64)
+    x = tail = decoder.embed(passage)
+    for number in range(decoder.shape.num_layers):
+        layer = decoder.layer(number)
+        tail = layer.apply(np.concatenate([x[:first], tail[-(len(x) - first) :]]), passage, first)
+        x = layer.apply(x, passage)
+    assert tail.shape == x[first:].shape
+    assert difference(tail, x[first:]) < EXACT
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

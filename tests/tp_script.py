@@ -21,6 +21,7 @@ import psutil
 from engine.open_engine import EngineOptions, open_engine
 from engine.protocol import Engine, EngineDead, Logits, Row, SampleRequest, StepPlan
 from engine.sampling import SamplingParams
+from engine_build.spec import SpecError
 from tests.engine_fixtures import feed, random_tokens, row_for, window_of
 
 LENGTH, OFFSET = 160, 1_000_003
@@ -76,8 +77,24 @@ def forever(engine: Engine) -> None:
         time.sleep(60)
 
 
+def opened(engine_dir: Path, scenario: str) -> Engine:
+    if scenario != "deadline":
+        return open_engine(engine_dir, EngineOptions(memory_budget_bytes=1 << 20, threads=1))
+    from engine.rank_executors import RankOptions
+    from engine.ranks import RankTimeouts, TensorParallelEngine
+
+    # Nobody looks after processes that do not move: the wait inside a step is what ends it.
+    return TensorParallelEngine(
+        RankOptions(str(engine_dir), 1 << 20), RankTimeouts(rank_s=600, step_s=1)
+    )
+
+
 def main(engine_dir: Path, scenario: str, out: str) -> None:
-    engine = open_engine(engine_dir, EngineOptions(memory_budget_bytes=1 << 20, threads=1))
+    try:
+        engine = opened(engine_dir, scenario)
+    except (EngineDead, SpecError) as error:
+        tell(refused=str(error))
+        return
     ranks = [p.pid for p in psutil.Process().children(True) if "engine.ranks" in p.cmdline()]
     tell(pid=os.getpid(), ranks=ranks, max_resident=engine.max_resident)
     if scenario == "compute":
