@@ -100,9 +100,9 @@ class CudaRuntime:
             if self._graphs is not None:
                 return self._graphs.run(packed), packed.logits_of
             return self._launch(packed, self._decode_tiling(bucket)), packed.logits_of
-        tiling = self._mixed_tiling(1)
+        tiling = self._mixed_tiling([len(row.tokens) for row in rows])
         packed = pack_mixed(rows, tiling.queries(self._spec.model.heads_per_kv_head))
-        return self._launch(packed, self._mixed_tiling(packed.layout.tiles)), packed.logits_of
+        return self._launch(packed, tiling), packed.logits_of
 
     def sample(
         self, logits: Tensor, rows: Sequence[int], requests: Sequence[SampleRequest]
@@ -149,23 +149,27 @@ class CudaRuntime:
             self._processors,
         )
 
-    def _mixed_tiling(self, tiles: int) -> Tiling:
-        model = self._spec.model
+    def _mixed_tiling(self, counts: Sequence[int]) -> Tiling:
+        """For rows of these numbers of tokens: rows are split where their tiles leave processors idle."""
+        group, dim = self._spec.model.heads_per_kv_head, self._spec.model.head_dim
         if interpreted(self._device):
-            return interpreter_tiling(model.heads_per_kv_head)
-        few = tiles * model.num_kv_heads * 2 <= min(self._processors, MOST_SPLIT)
-        return prefill_tiling(model.heads_per_kv_head, model.head_dim, split=few)
+            return interpreter_tiling(group)
+        split = prefill_tiling(group, dim, split=True)
+        tiles = sum(-(-count // split.queries(group)) for count in counts)
+        if 2 * tiles * self._spec.model.num_kv_heads <= min(self._processors, MOST_SPLIT):
+            return split
+        return prefill_tiling(group, dim, split=False)
 
     def _warm_up(self) -> None:
         """Compile what mixed steps launch, so that no turn waits for it. Padding rows write nothing."""
-        queries = self._mixed_tiling(1).queries(self._spec.model.heads_per_kv_head)
         tokens = 1
         while tokens < self._options.max_step_tokens:
             tokens = min(2 * tokens, self._options.max_step_tokens)
-            tiles = -(-tokens // queries)
+            tiling = self._mixed_tiling([tokens])
+            tiles = -(-tokens // tiling.queries(self._spec.model.heads_per_kv_head))
             layout = Layout(tokens, 1, tiles, 1)
             words = np.zeros(layout.num_words, dtype=np.int64)
-            self._launch(PackedStep(layout, words, (), decode=False), self._mixed_tiling(tiles))
+            self._launch(PackedStep(layout, words, (), decode=False), tiling)
         torch.cuda.synchronize(self._device)
 
 

@@ -151,6 +151,13 @@ def test_a_decode_step_is_padded_to_its_bucket() -> None:
     ]
 
 
+def test_a_step_without_rows_is_all_padding() -> None:
+    """What graphs are captured with."""
+    packed = pack_decode((), 4)
+    begin, end = packed.layout.spans[2]
+    assert packed.words[begin:end].reshape(-1, 8).tolist() == [[0] * 7 + [n] for n in range(4)]
+
+
 def test_a_mixed_step_is_cut_into_tiles() -> None:
     window = SinkWindow(4, 36, 55)
     rows = [
