@@ -203,6 +203,8 @@ def test_all_kernels_compile_for_hopper_and_keep_their_sums_in_registers() -> No
         "_swiglu",
         "_to_float8",
     }
-    # Sine and cosine keep a few words on the stack for angles too large to be ours.
-    assert all(int(stack) <= 32 for _, stack, _ in compiled)
+    # Sine and cosine keep a few words on the stack for angles too large to be ours; split chunks spill a few
+    # where their parts are put together.
+    allowed = {"_rotation_angles": 32, "_sink_attention": 96}
+    assert all(int(stack) <= allowed.get(name, 0) for name, stack, _ in compiled)
     assert all(int(shared) <= 227 * 1024 for _, _, shared in compiled)
