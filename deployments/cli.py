@@ -178,6 +178,7 @@ def doctor() -> None:
     epilog=examples(
         "sinkserve build ./Qwen3-0.6B --out ./qwen",
         "sinkserve build ./Llama-3-8B --out ./llama --target cuda --capacity 2048 --max-chunk 256",
+        "sinkserve build ./Llama-3-70B --out ./llama70 --target cuda --tp 8 --max-chunk 512",
         "sinkserve up --model ./qwen",
     )
 )
@@ -206,6 +207,19 @@ def build(
         int,
         typer.Option(min=1, help="Tokens of one prefill step. GPUs want more: 256 or 512."),
     ] = 64,
+    tp: Annotated[
+        int,
+        typer.Option(
+            "--tp", min=1, help="Tensor-parallel ranks: so many GPUs of one node each replica."
+        ),
+    ] = 1,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GPUs that a tensorrt-rtx plan is for, such as 8.9; may be repeated. "
+            "Default: those that TensorRT-RTX chooses."
+        ),
+    ] = None,
 ) -> None:
     """Turn a checkpoint into an engine directory that `sinkserve up --model` can serve.
 
@@ -217,7 +231,12 @@ def build(
     from engine_build.build import BuildOptions
 
     options = BuildOptions(
-        capacity=capacity, max_chunk=max_chunk, weight_format=weights, target=target
+        capacity=capacity,
+        max_chunk=max_chunk,
+        weight_format=weights,
+        target=target,
+        tp_size=tp,
+        compute_capabilities=tuple(compute_capability or ()),
     )
     raise typer.Exit(build_command.run(source, out, options, CONSOLE))
 

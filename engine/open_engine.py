@@ -100,6 +100,10 @@ def _open_cpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) 
     return _open_ranks(engine_dir, spec, options, memory_budget_bytes=share, threads=threads)
 
 
+def _open_gpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
+    return _open_ranks(engine_dir, spec, options, memory_budget_bytes=options.memory_budget_bytes)
+
+
 def _open_ranks(
     engine_dir: Path,
     spec: EngineSpec,
@@ -136,10 +140,6 @@ def _open_cuda(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> En
     )
 
 
-def _open_cuda_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
-    return _open_ranks(engine_dir, spec, options, options.memory_budget_bytes)
-
-
 # An executor is added with a function like the one above and one line here.
 _OPENERS: Mapping[str, Opener] = {
     "cpu": _open_onnx,
@@ -147,5 +147,7 @@ _OPENERS: Mapping[str, Opener] = {
     "tensorrt-rtx": _open_tensorrt,
     "cpu ranks": _open_cpu_ranks,
     "cuda": _open_cuda,
-    "cuda ranks": _open_cuda_ranks,
+    "cuda ranks": _open_gpu_ranks,
+    "tensorrt ranks": _open_gpu_ranks,
+    "tensorrt-rtx ranks": _open_gpu_ranks,
 }

@@ -80,5 +80,17 @@ def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
     )
 
 
+def _open_tensorrt(options: RankOptions, collective: Collective) -> Engine:
+    from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+
+    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running, collective)
+    return TensorRtEngine(Path(options.engine_dir), runtime, capacity=options.capacity)
+
+
 # Another target is added with a function like the one above and one line here.
-_EXECUTORS: Mapping[str, OpenExecutor] = {"cpu": _open_cpu, "cuda": _open_cuda}
+_EXECUTORS: Mapping[str, OpenExecutor] = {
+    "cpu": _open_cpu,
+    "cuda": _open_cuda,
+    "tensorrt": _open_tensorrt,
+    "tensorrt-rtx": _open_tensorrt,
+}

@@ -10,7 +10,7 @@ What ends a wait:
     a rank died              MPICH's launcher kills all of them, rank 0 too: the replica is gone at once, and
                              its conversations go on elsewhere
     a rank's process hangs   rank 0 sees its counter stand still (rank_watch.py) and kills it: see above
-    a live rank lags         an all-reduce waits for it for `step_timeout_s`, then EngineDead: nothing tells
+    a live rank lags         the others wait for it for `step_s`, then EngineDead: nothing tells
                              a live process that is stuck from one that is slow
     rank 0 is gone           the launcher kills the ranks; each also looks after rank 0's process itself
 
@@ -43,7 +43,7 @@ from engine.collective import Floats
 from engine.plan_check import check_plan
 from engine.plan_codec import PlanDamaged, decode_plan, encode_plan
 from engine.protocol import Engine, EngineDead, StepPlan, StepResult
-from engine.rank_executors import RankOptions, open_executor
+from engine.rank_executors import OpenExecutor, RankOptions, open_executor
 from engine.rank_watch import RANK_TIMEOUT_S, Beats, BeatThread, watcher
 from engine_build.manifest import SPEC
 from engine_build.shard import check_tp_size
@@ -59,6 +59,9 @@ _BLOCK_BYTES = 4096
 _LENGTH_BYTES = 8
 _REPORT_BYTES = 16384
 _CLOSE_TIMEOUT_S = 5.0
+_FAILED_START_S = 60.0
+"""A start that failed on one rank is over for all after this, even where others wait for that rank."""
+
 _SPIN_S = 0.002
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
 
@@ -82,8 +85,8 @@ class MpiCollective:
 
     def __init__(self, comm: MPI.Intracomm, timeout_s: float) -> None:
         self.failed: str | None = None
+        self.timeout_s = timeout_s
         self._comm = comm
-        self._timeout_s = timeout_s
         self._spin_s = _SPIN_S if comm.size <= len(os.sched_getaffinity(0)) else 0.0
 
     @property
@@ -96,22 +99,22 @@ class MpiCollective:
 
     def all_reduce(self, values: Floats) -> None:
         """See `Collective.all_reduce`."""
-        self._wait(self._comm.Iallreduce(MPI.IN_PLACE, values), self._timeout_s)
+        self._wait(self._comm.Iallreduce(MPI.IN_PLACE, values), self.timeout_s)
 
     def gather(self, values: Floats) -> Floats | None:
         """See `Collective.gather`."""
         values = np.ascontiguousarray(values)
         every = np.empty((self.size, *values.shape), np.float32) if self.rank == 0 else None
-        self._wait(self._comm.Igather(values, every, root=0), self._timeout_s)
+        self._wait(self._comm.Igather(values, every, root=0), self.timeout_s)
         return every
 
     def broadcast(self, data: bytes) -> bytes:
         """See `Collective.broadcast`."""
-        return self._broadcast(data, self._timeout_s)
+        return self._broadcast(data, self.timeout_s)
 
-    def next_message(self) -> bytes:
-        """What rank 0 broadcasts next, however long that takes."""
-        return self._broadcast(b"", None)
+    def next_message(self, timeout_s: float | None = None) -> bytes:
+        """What rank 0 broadcasts next, however long that takes or within so many seconds."""
+        return self._broadcast(b"", timeout_s)
 
     def gather_text(self, text: str, timeout_s: float) -> list[str]:
         """The texts of all ranks (their last 16 KiB) on rank 0, nothing on the others."""
@@ -139,7 +142,7 @@ class MpiCollective:
         rest = np.zeros(length - room, np.uint8)
         if self.rank == 0:
             rest[:] = np.frombuffer(data[room:], np.uint8)
-        self._wait(self._comm.Ibcast(rest, root=0), self._timeout_s)
+        self._wait(self._comm.Ibcast(rest, root=0), self.timeout_s)
         return received + rest.tobytes()
 
     def _wait(self, request: MPI.Request, timeout_s: float | None) -> None:
@@ -162,10 +165,13 @@ class MpiCollective:
 class RankGroup:
     """Rank 0's hold on the others, from their start to their end.
 
-    Raises SpecError where MPI's launcher is missing, EngineDead when a second group is started.
+    `module` is what the other ranks run: it calls `main`. Raises SpecError where MPI's launcher is missing,
+    EngineDead when a second group is started.
     """
 
-    def __init__(self, size: int, options: RankOptions, timeouts: RankTimeouts) -> None:
+    def __init__(
+        self, size: int, options: RankOptions, timeouts: RankTimeouts, module: str = __name__
+    ) -> None:
         if MPI.Is_finalized():
             raise EngineDead("a process can start tensor-parallel ranks once. Start a new process")
         _leave_process_group()
@@ -180,7 +186,7 @@ class RankGroup:
                 "beats": str(beats_file),
                 "rank0": os.getpid(),
             }
-            arguments = ["-m", __name__, json.dumps(told)]
+            arguments = ["-m", module, json.dumps(told)]
             try:
                 with _launcher_environment():
                     self._ranks = MPI.COMM_SELF.Spawn(sys.executable, arguments, size - 1)
@@ -188,7 +194,7 @@ class RankGroup:
             except MPI.Exception as error:
                 raise EngineDead(f"the ranks could not be started: {error}") from error
             self._comm = comm
-            self.collective = MpiCollective(comm, timeouts.step_s)
+            self.collective = MpiCollective(comm, timeouts.start_s)
             pids = self.collective.gather_text(str(os.getpid()), timeouts.start_s)
         self._beats = beats
         self._pids = [int(pid) for pid in pids]
@@ -204,6 +210,7 @@ class RankGroup:
         for rank, report in enumerate(found):
             if "failed" in report:
                 raise EngineDead(f"rank {rank} could not start:\n{report['failed']}")
+        self.collective.timeout_s = self._timeouts.step_s
         tick = watcher(self._beats, len(found), self._timeouts.rank_s, self._hung)
         self._thread = BeatThread(tick)
         return min(int(report["max_resident"]) for report in found)
@@ -305,9 +312,11 @@ class TensorParallelEngine:
 
     def _refuse(self, error: BaseException) -> None:
         """Rank 0 could not start: the others still have to be heard before they can be told to stop."""
-        with contextlib.suppress(EngineDead):
-            self._group.collective.gather_text("{}", RankTimeouts().start_s)
         logger.error("rank 0 could not start: %s", error)
+        try:
+            self._group.collective.gather_text("{}", _FAILED_START_S)
+        except EngineDead as late:
+            self._group.collective.failed = str(late)
 
 
 def _leave_process_group() -> None:
@@ -340,18 +349,18 @@ def _launcher_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def run_rank(told: dict[str, Any]) -> None:
+def run_rank(told: dict[str, Any], open_mine: OpenExecutor) -> None:
     """A rank other than 0, from its start to its end."""
     timeouts = RankTimeouts(**told["timeouts"])
     parent = MPI.Comm.Get_parent()
     comm = parent.Merge(high=True)
-    collective = MpiCollective(comm, timeouts.step_s)
+    collective = MpiCollective(comm, timeouts.start_s)
     rank0 = psutil.Process(told["rank0"])
     beats = Beats(Path(told["beats"]), comm.size, comm.rank)
 
     def tick() -> None:
         beats.beat()
-        if not rank0.is_running() or rank0.status() == psutil.STATUS_ZOMBIE:
+        if _is_gone(rank0):
             os._exit(1)
 
     thread = BeatThread(tick)
@@ -359,21 +368,31 @@ def run_rank(told: dict[str, Any]) -> None:
     executor: Engine | None = None
     report: dict[str, Any]
     try:
-        executor = open_executor(RankOptions(**told["options"]), collective)
+        executor = open_mine(RankOptions(**told["options"]), collective)
         report = {"max_resident": executor.max_resident}
     except Exception:
+        traceback.print_exc()
         report = {"failed": traceback.format_exc()[-2000:]}
     collective.gather_text(json.dumps(report), timeouts.start_s)
-    while (message := collective.next_message()) != STOP:
-        if executor is not None:
+    collective.timeout_s = timeouts.step_s
+    if executor is None:
+        collective.next_message(_FAILED_START_S)
+    else:
+        while (message := collective.next_message()) != STOP:
             _run_plan(executor, message)
-    if executor is not None:
         executor.close()
     collective.gather_text("", _CLOSE_TIMEOUT_S)
     thread.stop()
     comm.Free()
     parent.Disconnect()
     MPI.Finalize()
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _run_plan(executor: Engine, message: bytes) -> None:
@@ -385,10 +404,15 @@ def _run_plan(executor: Engine, message: bytes) -> None:
         executor.step(plan)
 
 
-if __name__ == "__main__":
+def main(open_mine: OpenExecutor) -> None:
+    """The program of a rank other than 0."""
     try:
-        run_rank(json.loads(sys.argv[1]))
+        run_rank(json.loads(sys.argv[1]), open_mine)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # no waiting for others at exit: the launcher ends them all
+
+
+if __name__ == "__main__":
+    main(open_executor)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from engine.collective import Collective
 from engine.plan_check import check_plan
 from engine.protocol import EngineDead, Logits, Row, RowResult, SampleRequest, StepPlan, StepResult
 from engine.rotary import Rotary
@@ -78,10 +79,19 @@ class PlanRuntime(Protocol):
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuntimeOptions:
     """`memory_budget_bytes` is for kv_slots; None: what the device has left. `max_running` is the most
-    decode rows of a step."""
+    decode rows of a step. `collective` is the group that this process is a rank of, if it is."""
 
     memory_budget_bytes: int | None = None
     max_running: int = 16
+    collective: Collective | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.collective is None else self.collective.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.collective is None else self.collective.size
 
 
 OpenRuntime = Callable[[Path, EngineSpec, RuntimeOptions], PlanRuntime]
@@ -95,7 +105,7 @@ def open_gpu_runtime(engine_dir: Path, spec: EngineSpec, options: RuntimeOptions
 
 
 class TensorRtEngine:
-    """See `engine.protocol.Engine`.
+    """See `engine.protocol.Engine`. Of tensor-parallel ranks the first alone draws and returns logits.
 
     `capacity`, if given, must be that of the plan: its cache has a fixed number of places. Raises
     SpecError for another one, for a budget that holds no kv_slot, and where TensorRT, torch or a GPU is
@@ -117,7 +127,14 @@ class TensorRtEngine:
                 f"the plan was built for {spec.capacity} tokens, not {capacity}",
                 f"Build it again with `sinkserve build --target {spec.target} --capacity {capacity}`",
             )
+        if spec.tp_size != options.num_ranks:
+            raise SpecError(
+                "tp_size",
+                f"the engine was built for {spec.tp_size} ranks, {options.num_ranks} run",
+                "Start it with `open_engine`, or build it again",
+            )
         self._spec = spec
+        self._leads = options.rank == 0
         self._rotary = Rotary(spec.model.rope)
         self._spare_place = num_places(spec) - 1
         self._runtime: PlanRuntime | None = open_runtime(engine_dir, spec, options)
@@ -139,7 +156,7 @@ class TensorRtEngine:
             raise EngineDead("the engine is closed")
         check_plan(plan, self._spec, self._max_resident)
         check_rings(plan.rows)
-        step = _Step(plan.rows, self._runtime)
+        step = _Step(plan.rows, self._runtime, self._leads)
         try:
             for row in plan.rows:
                 if starts_anew(row):
@@ -151,6 +168,8 @@ class TensorRtEngine:
                 if len(row.tokens) > 1:
                     self._prefill(step, number)
             return StepResult(step.results())
+        except EngineDead:
+            raise
         except Exception as error:
             raise EngineDead(f"{self._spec.target}: {error}") from error
 
@@ -190,11 +209,12 @@ class TensorRtEngine:
 
 
 class _Step:
-    """What a step has come to so far."""
+    """What a step has come to so far. A rank that does not lead only runs the passes."""
 
-    def __init__(self, rows: Sequence[Row], runtime: PlanRuntime) -> None:
+    def __init__(self, rows: Sequence[Row], runtime: PlanRuntime, leads: bool) -> None:
         self.rows = rows
         self.runtime = runtime
+        self._leads = leads
         self._logits: dict[int, list[Logits]] = {}
         self._held: list[int] = []
         self._drawn: dict[int, Sampled] = {}
@@ -203,6 +223,8 @@ class _Step:
         self, inputs: PassInputs, first_row: int, drawing: Sequence[int], first_held: int
     ) -> None:
         """Run a pass; rows[drawing] draw from its rows of logits from `first_held` on."""
+        if not self._leads:
+            drawing = ()
         if len(self._held) + len(drawing) > self.runtime.max_held:
             self._draw()
         self.runtime.run(inputs, first_row, range(first_held, first_held + len(drawing)))
@@ -211,7 +233,7 @@ class _Step:
     def take_logits(self, places: Sequence[tuple[int, int, int]]) -> None:
         """Copy what rows want to see of the last pass: (number, first, end) among its logits."""
         wanted = [place for place in places if self.rows[place[0]].logits != "none"]
-        if not wanted:
+        if not wanted or not self._leads:
             return
         logits = self.runtime.logits()
         for number, first, end in wanted:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.cuda_sampling import DeviceSampler
+from engine.nccl import NcclGroup
 from engine.protocol import Logits, SampleRequest
 from engine.sampling import Sampled
 from engine.tensorrt_engine import RuntimeOptions
@@ -41,6 +42,7 @@ from engine_build.plan_profiles import (
     plan_profiles,
     profile_for,
 )
+from engine_build.shard import rank_folder
 from engine_build.spec import EngineSpec, SpecError
 from engine_build.tensorrt_library import OpenPlan
 from engine_build.weights import read_weight_file
@@ -60,25 +62,23 @@ class TensorRtRuntime:
     """
 
     def __init__(self, engine_dir: Path, spec: EngineSpec, options: RuntimeOptions) -> None:
-        if not torch.cuda.is_available():
-            raise SpecError(
-                "target", f"{spec.target} needs a GPU that torch can use", "Use --target cpu here"
-            )
         self._spec = spec
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._device = _own_gpu(spec, options)
+        self._group = None if options.collective is None else NcclGroup(options.collective)
         self._stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
             plan = (engine_dir / PLAN_FILE).read_bytes()
             name = f"{hashlib.sha256(plan).hexdigest()[:16]}.kernels"
             self._plan = OpenPlan(spec.target, plan, sinkserve_home() / "tensorrt" / name)
-            weights = read_weight_file(engine_dir / WEIGHTS_FILE)
+            shard = rank_folder(engine_dir, options.rank, spec.tp_size)
+            weights = read_weight_file(shard / WEIGHTS_FILE)
             self._weights = {name: self._uploaded(weights[name]) for name in weights}
             scratch_bytes = max(self._plan.engine.device_memory_size_v2, 1)
             self._scratch = self._empty((scratch_bytes,), torch.uint8)
             vocab = spec.model.vocab_size
             most = decode_buckets(options.max_running)[-1]
-            self._decode_logits = self._empty((most, vocab), torch.float32)
-            self._prefill_logits = self._empty((1, vocab), torch.float32)
+            self._decode_logits = self._empty((most, vocab // spec.tp_size), torch.float32)
+            self._prefill_logits = self._empty((1, vocab // spec.tp_size), torch.float32)
             self._max_held = most + _PREFILLED_TOGETHER
             self._sampler = DeviceSampler(self._max_held, vocab, self._device)
             self._num_rows = self._rows_that_fit(options.memory_budget_bytes)
@@ -104,9 +104,8 @@ class TensorRtRuntime:
         decode = inputs.chunk == 1 and first_row == 0
         with torch.cuda.stream(self._stream):
             if decode:
-                self._held = [
-                    logits.clone() for logits in self._held
-                ]  # the last pass's are replaced
+                # What an earlier decode pass held is about to be overwritten.
+                self._held = [held.clone() for held in self._held]
                 logits = self._decode_logits[: inputs.batch]
             else:
                 logits = self._room_for(len(inputs.logit_rows))
@@ -114,6 +113,7 @@ class TensorRtRuntime:
             if key not in self._passes:
                 self._passes[key] = self._pass(inputs, decode)
             self._passes[key].run(inputs, self._cache_addresses(first_row), logits)
+            logits = self._whole(logits)
             self._last = logits
             if len(hold):
                 held = logits[hold.start : hold.stop]
@@ -122,7 +122,7 @@ class TensorRtRuntime:
     def logits(self) -> Logits:
         """See `PlanRuntime.logits`."""
         with torch.cuda.stream(self._stream):
-            copied: Logits = self._last.cpu().numpy()
+            copied: Logits = self._last.to("cpu", copy=True).numpy()
         return copied
 
     def draw(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
@@ -147,6 +147,8 @@ class TensorRtRuntime:
 
     def close(self) -> None:
         """See `PlanRuntime.close`."""
+        if self._group is not None:
+            self._group.close()  # first: a rank that waits for a dead one never gets to the end
         self._stream.synchronize()
         self._plan.close()
         self._passes = {}
@@ -163,6 +165,8 @@ class TensorRtRuntime:
         most = plan_profiles(self._spec)[profile].most
         size = Size(inputs.batch, most.chunk, max(inputs.batch, most.chunk))
         context = self._plan.context(profile, self._stream.cuda_stream)
+        if self._group is not None and not context.set_communicator(self._group.capsule()):
+            raise RuntimeError("the plan takes no communicator")
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         for name, tensor in self._weights.items():
             _check(context.set_tensor_address(name, tensor.data_ptr()), name)
@@ -193,8 +197,19 @@ class TensorRtRuntime:
     def _room_for(self, count: int) -> torch.Tensor:
         """Rows for the logits of a prefill pass; more than one only when somebody wants to see all."""
         if count > len(self._prefill_logits):
-            self._prefill_logits = self._empty((count, self._spec.model.vocab_size), torch.float32)
+            columns = self._spec.model.vocab_size // self._spec.tp_size
+            self._prefill_logits = self._empty((count, columns), torch.float32)
         return self._prefill_logits[:count]
+
+    def _whole(self, part: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab] on every rank, of each rank's [rows, vocab / tp_size]."""
+        if self._group is None:
+            return part
+        parts = self._empty((self._group.size, *part.shape), torch.float32)
+        self._group.all_gather(
+            part.data_ptr(), parts.data_ptr(), part.numel(), self._stream.cuda_stream
+        )
+        return parts.transpose(0, 1).flatten(1)
 
     def _rows_that_fit(self, budget: int | None) -> int:
         if budget is None:
@@ -253,7 +268,7 @@ class _Pass:
 
     def run(self, inputs: PassInputs, caches: dict[str, int], logits: torch.Tensor) -> None:
         """Copy the inputs, then run; nothing here waits for the GPU."""
-        arrays = {
+        arrays: dict[str, np.ndarray[Any, Any]] = {
             TOKEN_IDS: inputs.token_ids,
             ANGLES: inputs.angles,
             WRITE_PLACES: inputs.write_places,
@@ -292,6 +307,23 @@ class _Pass:
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise RuntimeError("the plan could not be enqueued")
+
+
+def _own_gpu(spec: EngineSpec, options: RuntimeOptions) -> torch.device:
+    """Rank n computes on GPU n. Raises SpecError where there is none."""
+    if not torch.cuda.is_available():
+        raise SpecError(
+            "target", f"{spec.target} needs a GPU that torch can use", "Use --target cpu here"
+        )
+    if options.num_ranks > torch.cuda.device_count():
+        raise SpecError(
+            "tp_size",
+            f"{options.num_ranks} ranks need as many GPUs, {torch.cuda.device_count()} are visible",
+            "Give the replica more GPUs, or build with a smaller --tp",
+        )
+    device = torch.device("cuda", options.rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _check(done: bool, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -100,7 +101,7 @@ def chosen_engines(asked: Sequence[str] | None, *, exact: bool) -> list[Any]:
             continue
         if asked and not any(_means(one, name) for one in asked):
             continue
-        slow = [pytest.mark.slow] if candidate.slow and exact and not asked else []
+        slow = [pytest.mark.slow] if candidate.slow and not asked else []
         chosen.append(pytest.param(name, marks=slow))
     return chosen
 
@@ -110,10 +111,12 @@ def _means(asked: str, name: str) -> bool:
 
 
 def maker_of(name: str) -> MakeEngine:
-    """Skips the test where a module that the engine needs is not installed."""
+    """Skips the test where a module that the engine needs is not installed; imports none of them, as how
+    one is imported may matter."""
     candidate = ENGINES[name]
     for module in candidate.needs:
-        pytest.importorskip(module, reason=f"{name} needs {module}")
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{name} needs {module}, which is not installed")
     return candidate.make
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deployments.app import replica_options
 from deployments.config import (
     Autoscaling,
     ConfigError,
@@ -17,6 +19,8 @@ from deployments.config import (
     Tunables,
     load_config,
 )
+from engine_build.spec import TARGET_FORMATS, EngineSpec, Target
+from tests.engine_fixtures import tiny_shape
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"replica": 2}, "replica", "Did you mean 'replicas'"),
@@ -106,3 +110,58 @@ def test_every_field_has_bounds_or_a_description(model: type[ServiceConfig]) -> 
     for name, field in model.model_fields.items():
         nested = name in ("limits", "autoscaling")
         assert field.description or field.metadata or nested, name
+
+
+def spec_of(target: Target, tp_size: int = 1) -> EngineSpec:
+    weights = TARGET_FORMATS[target][0]
+    return EngineSpec(tiny_shape("llama"), 64, 16, weights, "float16", target, tp_size)
+
+
+@pytest.mark.parametrize(
+    ("target", "tp_size", "fields", "gpus"),
+    [
+        ("cpu", 1, {}, 0),
+        ("cpu", 2, {"gpus_per_replica": 0}, 0),
+        ("cuda", 1, {}, 1),
+        ("cuda", 1, {"gpus_per_replica": 1}, 1),
+        ("tensorrt", 8, {}, 8),
+        ("cuda", 1, {"gpus_per_replica": 0.5, "memory_budget_bytes": 1 << 30}, 0.5),
+    ],
+)
+def test_a_replica_gets_the_gpus_that_its_engine_was_built_for(
+    target: Target, tp_size: int, fields: dict[str, Any], gpus: float
+) -> None:
+    config = load_config({"model": "engines/x", **fields})
+    assert config.gpus_for(spec_of(target, tp_size)) == gpus
+
+
+@pytest.mark.parametrize(
+    ("target", "tp_size", "fields", "fix"),
+    [
+        ("cpu", 1, {"gpus_per_replica": 1}, "runs on CPUs. Remove it"),
+        ("cuda", 4, {"gpus_per_replica": 1}, "built for 4 ranks, one GPU each. Remove it"),
+        ("cuda", 1, {"gpus_per_replica": 2}, "runs on one GPU. Remove it, or build with --tp"),
+        ("tensorrt", 1, {"gpus_per_replica": 0}, "runs on one GPU"),
+        ("cuda", 1, {"gpus_per_replica": 0.5}, "Set memory_budget_bytes"),
+    ],
+)
+def test_other_gpus_are_refused_with_a_fix(
+    target: Target, tp_size: int, fields: dict[str, Any], fix: str
+) -> None:
+    config = load_config({"model": "engines/x", **fields})
+    with pytest.raises(ConfigError, match=f"gpus_per_replica: .*{re.escape(fix)}"):
+        config.gpus_for(spec_of(target, tp_size))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+def test_a_group_is_one_actor_with_all_its_gpus(tp_size: int) -> None:
+    """Ray places an actor on one node, so that its ranks share one."""
+    options = replica_options(load_config({"model": "engines/x"}), spec_of("cuda", tp_size))
+    assert options["ray_actor_options"]["num_gpus"] == tp_size
+    assert "placement_group_bundles" not in options
+
+
+def test_an_engine_on_cpus_without_a_budget_gets_a_gibibyte() -> None:
+    assert load_config({}).memory_budget_bytes is None
+    assert load_config({}).cpu_budget_bytes == 1 << 30
+    assert load_config({"memory_budget_bytes": 5000}).cpu_budget_bytes == 5000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import onnx
@@ -26,8 +27,9 @@ def spec_of(
     family: str = "llama",
     max_chunk: int = 12,
 ) -> EngineSpec:
-    kv_dtype = kv_dtype_for(weight_format)
-    return EngineSpec(tiny_shape(family), 32, max_chunk, weight_format, kv_dtype, target)
+    """One layer of a tiny model: a plan takes time for each."""
+    shape = dataclasses.replace(tiny_shape(family), num_layers=1)
+    return EngineSpec(shape, 32, max_chunk, weight_format, kv_dtype_for(weight_format), target)
 
 
 def exported(spec: EngineSpec, folder: Path, family: str = "llama") -> Path:
@@ -103,12 +105,9 @@ def test_every_format_of_the_target_becomes_a_plan(
 
 
 @pytest.mark.usefixtures("rtx")
-@pytest.mark.parametrize("capabilities", [("8.9",), ("8.0", "12.0")])
-def test_a_plan_may_be_for_gpus_that_are_not_here(
-    capabilities: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_plan_may_be_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     spec = spec_of()
-    options = PlanOptions(compute_capabilities=capabilities)
+    options = PlanOptions(compute_capabilities=("8.0", "8.9", "12.0"))
     graph = exported(spec, tmp_path)
     build_plan(spec, graph, tmp_path / PLAN_FILE, lambda fraction: None, options)
     assert (tmp_path / PLAN_FILE).is_file()

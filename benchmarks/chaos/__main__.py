@@ -48,6 +48,7 @@ def all_faults(kills: int) -> dict[str, Fault]:
     found: list[Fault] = [
         faults.Calm(),
         faults.ReplicaKills(kills),
+        faults.RankKill(),
         faults.ReplicaStop(),
         faults.NodeKill(),
         faults.ControllerKill(),
@@ -62,7 +63,8 @@ def all_faults(kills: int) -> dict[str, Fault]:
     return {fault.name: fault for fault in found}
 
 
-NOT_THERE = {"rank": "tensor parallelism does not exist yet; its ranks are to be killed here"}
+DEPLOYED_WITH: dict[str, Json] = {"rank": {"has_ranks": True}}
+"""Faults that need another deployment than the rest."""
 
 
 @dataclass(slots=True)
@@ -144,7 +146,6 @@ class Run:
             "bar_s": GAP_BAR_S,
             "faults": {name: one.as_json() for name, one in self.episodes.items()},
             "did_not_happen": self.failed,
-            "not_there_yet": NOT_THERE,
             "controls": self.complaints,
             "controls_without_complaint": silent,
             "options": options,
@@ -160,8 +161,11 @@ def run(state: Run, kills: int, names: Sequence[str], with_controls: bool) -> No
     shared = sorted((one for one in chosen.items() if one[1].keeps_gcs), key=lambda one: one[1].off)
     with started(state) as rig:
         for name, fault in wanted.items():
-            if name != "head":
+            if name != "head" and name not in DEPLOYED_WITH:
                 state.fault(rig, fault)
+        for name in sorted(wanted.keys() & DEPLOYED_WITH.keys()):
+            rig.deploy(DEPLOYED_WITH[name])
+            state.fault(rig, wanted[name])
         for name, control in shared:
             rig.deploy({**control.fields, "switched_off": list(control.off)})
             state.control(rig, name, control)

@@ -64,6 +64,13 @@ def start_toy(config: ServiceConfig, files: EngineFiles, threads: int) -> Engine
     return PoisonedToy(files.spec, max_resident=slots, text=TEXT, step_delay_s=STEP_S)
 
 
+def start_ranked_toy(config: ServiceConfig, files: EngineFiles, threads: int) -> Engine:
+    """The same with a second rank."""
+    from benchmarks.chaos.toy_ranks import RankedToy  # starts MPI
+
+    return RankedToy(start_toy(config, files, threads))
+
+
 Switch = Literal["failover", "fence", "repair", "quarantine", "drain"]
 """Safeguards: the ingress calls a broken turn again; a replaced owner stops; owners bring back what a
 store has lost; a turn that kills its owners is given up; a stopping replica lets its turns end."""
@@ -73,11 +80,11 @@ class ChaosReplica(SinkReplica):
     """The real one on another toy."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: dict[str, Any], switched_off: Sequence[Switch]
+        self, config: dict[str, Any], switched_off: Sequence[Switch], has_ranks: bool
     ) -> None:
         # The seams are where the replica's modules look their parts up.
         if load_config(config).model == TOY_MODEL:
-            _swap(replica_module, "start_engine", start_toy)
+            _swap(replica_module, "start_engine", start_ranked_toy if has_ranks else start_toy)
         self._refused = RefusedCheckpoints(RedisStore.checkpoint, "fence" not in switched_off)
         _swap(RedisStore, "checkpoint", self._refused.as_method())
         if "repair" in switched_off:
@@ -152,9 +159,10 @@ def _without_quarantine(store_limits: Any) -> Any:
 
 
 def build(args: Mapping[str, Any]) -> Application:
-    """See `deployments.app.build`; `switched_off` names safeguards."""
-    switched_off = list(args.get("switched_off", ()))
-    config = load_config({name: value for name, value in args.items() if name != "switched_off"})
+    """See `deployments.app.build`; `switched_off` names safeguards, `has_ranks` puts toys on ranks."""
+    switched_off, has_ranks = list(args.get("switched_off", ())), bool(args.get("has_ranks"))
+    ours = ("switched_off", "has_ranks")
+    config = load_config({name: value for name, value in args.items() if name not in ours})
     spec = locate_engine(config).spec
     fields = config.model_dump(mode="json", include=config.model_fields_set)
     replicas, front = replica_options(config, spec), ingress_options(config)
@@ -166,6 +174,6 @@ def build(args: Mapping[str, Any]) -> Application:
     engine: Any = serve.deployment(ChaosReplica)
     ingress: Any = serve.deployment(serve.ingress()(ChaosIngress))
     application: Application = ingress.options(**front).bind(
-        fields, engine.options(**replicas).bind(fields, switched_off), switched_off
+        fields, engine.options(**replicas).bind(fields, switched_off, has_ranks), switched_off
     )
     return application

@@ -26,6 +26,12 @@ def controls() -> dict[str, Control]:
     """By the name of the fault. Where a fault is the same to a client as another, that one's counts."""
     return {
         "replica": Control(faults.ReplicaKills(1), ("failover",), "failover in the ingress"),
+        "rank": Control(
+            faults.RankKill(),
+            ("failover",),
+            "failover in the ingress",
+            fields={"has_ranks": True},
+        ),
         "split_brain": Control(
             faults.ReplicaStop(),
             ("fence",),

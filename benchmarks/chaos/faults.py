@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
+
 from benchmarks.chaos.app import POISON, REFUSED
 from benchmarks.chaos.client import ChaosClient
 from benchmarks.chaos.oracle import Asked
@@ -78,6 +80,45 @@ class ReplicaKills:
             "turns_hit": len(stage.wounds),
             "replaced_after_s": [round(one, 1) for one in back_s],
         }
+
+
+@dataclass(slots=True)
+class RankKill:
+    """SIGKILL of a tensor-parallel rank of the replica that streams: its replica must go, and no other."""
+
+    name: str = "rank"
+    is_invisible: bool = True
+
+    async def strike(self, stage: Stage) -> Json:
+        replicas = await stage.aside(stage.rig.replicas)
+        client = await stage.workload.reach(stage.workload.random_k())
+        victim = await owner_of(stage, client, replicas)
+        ranks = ranks_of(victim)
+        if not ranks:
+            raise NotHappened(f"the replica {victim.name!r} has no ranks")
+        num_hit = await stage.wound(victim.name)
+        kill(ranks[0])
+        replaced_s = await stage.until(partial(_is_replaced, stage, victim.name))
+        now = await stage.aside(stage.rig.replicas)
+        kept = {one.pid for one in replicas.values()} & {one.pid for one in now.values()}
+        if is_alive(victim.pid) or any(map(is_alive, ranks)):
+            raise NotHappened("the replica outlived its rank")
+        if len(kept) != len(replicas) - 1:
+            stage.complain(f"the rank took {len(replicas) - len(kept)} replicas with it")
+        return {
+            "rank_gone": not is_alive(ranks[0]),
+            "replica_gone": not is_alive(victim.pid),
+            "turns_hit": num_hit,
+            "replaced_after_s": round(replaced_s, 1),
+            "replicas_kept": len(kept),
+            "ranks_of_the_new_replicas": [len(ranks_of(one)) for one in now.values()],
+        }
+
+
+def ranks_of(replica: Actor) -> list[int]:
+    """Processes of the other ranks of a replica."""
+    started = psutil.Process(replica.pid).children(recursive=True)
+    return [one.pid for one in started if any("toy_ranks" in word for word in one.cmdline())]
 
 
 def _is_replaced(stage: Stage, name: str) -> bool:

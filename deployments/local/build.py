@@ -29,7 +29,11 @@ def run(source: Path, out: Path, options: BuildOptions, console: Console) -> int
     except (SpecError, ManifestError, KernelError, OSError, ValueError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return 1
-    size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     console.print(f"{escape(str(out))}: {size / 1e6:,.0f} MB", soft_wrap=True)
+    if options.target != "cpu":
+        console.print(
+            f"where it is to serve, first: sinkserve verify {escape(str(out))}", soft_wrap=True
+        )
     console.print(f"serve it: sinkserve up --model {escape(str(out))}", soft_wrap=True)
     return 0

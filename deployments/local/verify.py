@@ -89,7 +89,7 @@ def _verify(
         engine = open_engine(
             engine_dir,
             EngineOptions(
-                memory_budget_bytes=NUM_SLOTS * spec.slot_bytes,
+                memory_budget_bytes=_budget_bytes(spec),
                 threads=request.threads,
                 capacity=spec.capacity,
             ),
@@ -103,6 +103,12 @@ def _verify(
         return Verification((), (), TOLERANCES[spec.weight_format], failure=str(error))
     finally:
         engine.close()
+
+
+def _budget_bytes(spec: EngineSpec) -> int:
+    """For just the kv_slots that are needed; more ranks than key/value heads hold some heads twice."""
+    copies = -(-spec.tp_size // spec.model.num_kv_heads)
+    return NUM_SLOTS * spec.slot_bytes * copies
 
 
 def _token_ids(engine_dir: Path, text: Text, count: int) -> npt.NDArray[np.int32]:
