@@ -189,6 +189,12 @@ class ServiceConfig(Tunables):
         description="For kv_slots, per CPU engine or GPU; sets how many conversations are resident. "
         "None: 1 GiB on a CPU, what is free on a GPU.",
     )
+    host_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Host memory per replica for conversations that lost their kv_slot: they are copied "
+        "back instead of replayed. For GPUs; 0: none.",
+    )
     max_running: int = Field(
         default=16, ge=1, le=1024, description="Turns of a replica that decode in one step."
     )

@@ -101,6 +101,7 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
             max_resident=min(slots, MAX_TOY_SLOTS),
             text=dataclasses.replace(ToyText(), stop_period=TOY_REPLY_TOKENS),
             step_delay_s=TOY_STEP_S,
+            host_slots=min(config.host_memory_bytes // files.spec.slot_bytes, MAX_TOY_SLOTS),
         )
     spec = files.spec
     try:
@@ -114,6 +115,7 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
                 threads=threads,
                 capacity=spec.capacity,
                 max_running=config.max_running,
+                host_memory_bytes=config.host_memory_bytes,
             ),
         )
     except (SpecError, ManifestError, KernelError, NotVerified) as error:

@@ -132,6 +132,7 @@ class CudaEngine:
                 "Free the GPU, lower the budget or max_running, or use more ranks",
             ) from error
         self._max_resident = self._runtime.max_resident
+        self._host_slots = self._runtime.host.num_slots
 
     @property
     def spec(self) -> EngineSpec:
@@ -140,6 +141,11 @@ class CudaEngine:
     @property
     def max_resident(self) -> int:
         return self._max_resident
+
+    @property
+    def host_slots(self) -> int:
+        """See `HasHostSlots`."""
+        return self._host_slots
 
     @property
     def slots(self) -> torch.Tensor:
@@ -155,10 +161,11 @@ class CudaEngine:
     def step(self, plan: StepPlan) -> StepResult:
         """See `Engine.step`. Raises ValueError naming the field of a plan that it cannot run."""
         runtime = self._alive()
-        check_plan(plan, self._spec, self._max_resident)
+        check_plan(plan, self._spec, self._max_resident, self._host_slots)
         check_rings(plan)
         results: list[RowResult] = []
         try:
+            runtime.host.run(plan.copies)
             for rows in _parts(plan.rows, self._options):
                 results += _run(runtime, rows)
         except Exception as error:

@@ -17,6 +17,7 @@ from engine.cuda_kernels.common import interpreted
 from engine.cuda_linear import LinearLayers
 from engine.cuda_options import CudaOptions
 from engine.cuda_sampling import DeviceSampler
+from engine.cuda_slots import NUM_STAGING, PinnedSlots
 from engine.cuda_step import Layout, PackedStep, pack_decode, pack_mixed
 from engine.cuda_tuning import tune
 from engine.cuda_weights import DTYPES, Source, load_weights, part_of
@@ -64,6 +65,7 @@ class CudaRuntime:
         fitting = _slots_that_fit(local, memory_budget_bytes, device, options)
         self.max_resident = self._group.least(fitting)
         self.slots = _empty_slots(local, self.max_resident, device)
+        self.host = PinnedSlots(self.slots, options.host_memory_bytes // local.slot_bytes)
         self._processors = 1
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -98,9 +100,9 @@ class CudaRuntime:
             if self._graphs is not None:
                 return self._graphs.run(packed), packed.logits_of
             return self._launch(packed, self._decode_tiling(bucket)), packed.logits_of
-        tiling = self._mixed_tiling(1)
+        tiling = self._mixed_tiling([len(row.tokens) for row in rows])
         packed = pack_mixed(rows, tiling.queries(self._spec.model.heads_per_kv_head))
-        return self._launch(packed, self._mixed_tiling(packed.layout.tiles)), packed.logits_of
+        return self._launch(packed, tiling), packed.logits_of
 
     def sample(
         self, logits: Tensor, rows: Sequence[int], requests: Sequence[SampleRequest]
@@ -121,6 +123,7 @@ class CudaRuntime:
         """Give the memory back and leave the group."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self.host.close()
         self._group.close()
 
     def _launch(self, packed: PackedStep, tiling: Tiling) -> Tensor:
@@ -146,23 +149,27 @@ class CudaRuntime:
             self._processors,
         )
 
-    def _mixed_tiling(self, tiles: int) -> Tiling:
-        model = self._spec.model
+    def _mixed_tiling(self, counts: Sequence[int]) -> Tiling:
+        """For rows of these numbers of tokens: rows are split where their tiles leave processors idle."""
+        group, dim = self._spec.model.heads_per_kv_head, self._spec.model.head_dim
         if interpreted(self._device):
-            return interpreter_tiling(model.heads_per_kv_head)
-        few = tiles * model.num_kv_heads * 2 <= min(self._processors, MOST_SPLIT)
-        return prefill_tiling(model.heads_per_kv_head, model.head_dim, split=few)
+            return interpreter_tiling(group)
+        split = prefill_tiling(group, dim, split=True)
+        tiles = sum(-(-count // split.queries(group)) for count in counts)
+        if 2 * tiles * self._spec.model.num_kv_heads <= min(self._processors, MOST_SPLIT):
+            return split
+        return prefill_tiling(group, dim, split=False)
 
     def _warm_up(self) -> None:
         """Compile what mixed steps launch, so that no turn waits for it. Padding rows write nothing."""
-        queries = self._mixed_tiling(1).queries(self._spec.model.heads_per_kv_head)
         tokens = 1
         while tokens < self._options.max_step_tokens:
             tokens = min(2 * tokens, self._options.max_step_tokens)
-            tiles = -(-tokens // queries)
+            tiling = self._mixed_tiling([tokens])
+            tiles = -(-tokens // tiling.queries(self._spec.model.heads_per_kv_head))
             layout = Layout(tokens, 1, tiles, 1)
             words = np.zeros(layout.num_words, dtype=np.int64)
-            self._launch(PackedStep(layout, words, (), decode=False), self._mixed_tiling(tiles))
+            self._launch(PackedStep(layout, words, (), decode=False), tiling)
         torch.cuda.synchronize(self._device)
 
 
@@ -174,7 +181,8 @@ def _slots_that_fit(
             raise SpecError("memory_budget_bytes", "a CPU has no memory of its own", "Say how much")
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        budget_bytes = max(0, free - reserve_bytes(spec, options))
+        staging = NUM_STAGING * spec.slot_bytes if options.host_memory_bytes else 0
+        budget_bytes = max(0, free - reserve_bytes(spec, options) - staging)
     count = budget_bytes // spec.slot_bytes
     if count < 1:
         raise SpecError(

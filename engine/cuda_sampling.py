@@ -1,6 +1,6 @@
 """Sampling on the device: logits that are there become token ids there, and the host waits once a step.
 
-    prepare(requests) -> run(logits) -> read(logits)
+    prepare(requests) -> run(logits) -> read()
 
 `prepare` fills static buffers from pinned memory, asynchronously; `run` is a fixed sequence of kernel
 launches over them, without allocation or synchronisation, so that a CUDA graph can hold it; `read` is
@@ -100,6 +100,7 @@ class DeviceSampler:
             )
         ]
         self._requests: tuple[SampleRequest, ...] = ()
+        self._logits = torch.empty((0, vocab_size), device=device)
         self._on_host: list[int] = []
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
@@ -152,11 +153,13 @@ class DeviceSampler:
             raise ValueError(f"logits {tuple(logits.shape)}, not [rows, {self._vocab_size}]")
         if logits.shape[0] > self._max_rows:
             raise ValueError(f"{logits.shape[0]} rows of logits, max_rows is {self._max_rows}")
+        self._logits = logits
         launch_sampling(self._buffers, logits)
 
-    def read(self, logits: torch.Tensor) -> list[Sampled]:
-        """Wait for the last `run`, of `logits`: one result per request of the last `prepare`, in order.
+    def read(self, logits: torch.Tensor | None = None) -> list[Sampled]:
+        """Wait for the last `run`: one result per request of the last `prepare`, in its order.
 
+        Where a graph replayed that run, `logits` are what it ran on; else the last ones are known.
         A row whose logits are not finite, or whose logit_bias names no token, says so in `failed`.
         """
         count = len(self._requests)
@@ -177,6 +180,7 @@ class DeviceSampler:
                 rows.append(self._with_logprobs(number, token, request.params.top_logprobs))
             else:
                 rows.append(Sampled(token))
+        logits = self._logits if logits is None else logits
         for number in self._on_host:
             row = logits[number : number + 1].float().cpu().numpy()
             (rows[number],) = sample_rows(row, [self._requests[number]])

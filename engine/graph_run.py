@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy.typing as npt
 import onnxruntime
 
 from engine.collective import Reducer
+from engine.host_slots import HostSlots
+from engine.protocol import SlotCopy
 from engine.step_inputs import StepInputs
 from engine_build.graph import LOGIT_ROWS, LOGITS
 from engine_build.lowering_cpu import ANGLES, CACHE, REDUCER, ROWS, TOKEN_IDS
@@ -57,7 +59,7 @@ class GraphRun:
 
     `all_reduce` is what the graph of a tensor-parallel rank calls, and needs.
 
-    Memory is bound by address and written in place: nothing here copies a cache. Pages are touched
+    Memory is bound by address and written in place: no step copies a cache. Pages are touched
     when first used.
     """
 
@@ -68,13 +70,19 @@ class GraphRun:
         num_slots: int,
         options: SessionOptions,
         all_reduce: AllReduce | None = None,
+        num_host_slots: int = 0,
     ) -> None:
         model = shard_shape(spec.model, spec.tp_size)
         self._session = options.open(graph)
         self._num_logits = head_rows(spec.model, spec.tp_size)
         self._cache = _zeros((model.num_layers, num_slots, 2 * model.num_kv_heads, spec.head_bytes))
+        self._host = HostSlots(self._cache.swapaxes(0, 1), num_host_slots)
         self._logits: Floats = np.empty((0, self._num_logits), dtype=np.float32)
         self._reducer = None if all_reduce is None else Reducer(all_reduce)
+
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> None:
+        """Whole kv_slots to host slots and back, in order."""
+        self._host.run(copies)
 
     def execute(self, inputs: StepInputs) -> Floats:
         """Run a step; logits [len(logit_rows), vocab / tp_size], valid until the next run.

@@ -49,6 +49,8 @@ class OnnxEngine:
     `memory_budget_bytes` is for kv_slots alone: `max_resident` is as many as fit. `capacity` replaces
     the one in spec.json: the graph fits any. `spinning` lets idle threads burn CPU to start a few
     microseconds sooner. `profile` makes ONNX Runtime write a trace with this prefix until `close`.
+    `host_memory_bytes` is for conversations that lost their kv_slot. On a CPU it is the same memory, but
+    out of the steps' reach, so `memory_budget_bytes` uses it better.
 
     One rank of a tensor-parallel group takes its `collective`, and a budget and threads of its own; all
     run the same plans. Rank 0 samples and returns logits, the results of the others are empty.
@@ -67,6 +69,7 @@ class OnnxEngine:
         capacity: int | None = None,
         profile: Path | None = None,
         collective: Collective | None = None,
+        host_memory_bytes: int = 0,
     ) -> None:
         spec = EngineSpec.from_json((engine_dir / SPEC).read_text(encoding="utf-8"))
         self._spec = spec if capacity is None else dataclasses.replace(spec, capacity=capacity)
@@ -88,6 +91,7 @@ class OnnxEngine:
                 f"({slot_bytes / _MIB:.1f} MiB)",
                 "Raise the budget or lower the capacity",
             )
+        self._host_slots = host_memory_bytes // slot_bytes
         self.times = StepTimes()
         options = SessionOptions(kernel_library(sinkserve_home()), threads, spinning, profile)
         self._collective = collective
@@ -97,6 +101,7 @@ class OnnxEngine:
             self._max_resident,
             options,
             None if collective is None else collective.all_reduce,
+            self._host_slots,
         )
         self._rotary = Rotary(self._spec.model.rope)
 
@@ -108,11 +113,16 @@ class OnnxEngine:
     def max_resident(self) -> int:
         return self._max_resident
 
+    @property
+    def host_slots(self) -> int:
+        return self._host_slots
+
     def step(self, plan: StepPlan) -> StepResult:
         """See `Engine.step`. Raises ValueError naming the field of a plan that it cannot run."""
         if self._run is None:
             raise EngineDead("the engine is closed")
-        check_plan(plan, self._spec, self._max_resident)
+        check_plan(plan, self._spec, self._max_resident, self._host_slots)
+        self._run.copy_slots(plan.copies)
         if not plan.rows:
             return StepResult(())
         started = time.perf_counter()

@@ -26,9 +26,9 @@ class EngineOptions:
     `memory_budget_bytes` is for kv_slots, per GPU or per CPU engine: None takes what is free on a GPU
     (what is left once weights and workspace are there) and `CPU_BUDGET_BYTES` on a CPU. `threads` are
     those of a CPU engine, dealt out to its ranks, as its budget is. `capacity` replaces that of
-    spec.json. `max_running` is the most decode rows of one step: GPU engines capture their graphs up to
-    it. `host_memory_bytes` is for cold slots in pinned host memory, 0 for none; engines on CPUs have no
-    use for it.
+    spec.json. `max_running` is the most decode rows of one step: GPU engines capture their
+    graphs up to it. `host_memory_bytes` is for conversations that lost their kv_slot, in pinned host
+    memory (on a CPU: plain memory, which `memory_budget_bytes` uses better); 0 for none.
     """
 
     memory_budget_bytes: int | None = None
@@ -82,6 +82,7 @@ def _open_onnx(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> En
         memory_budget_bytes=CPU_BUDGET_BYTES if budget is None else budget,
         threads=options.threads,
         capacity=spec.capacity,
+        host_memory_bytes=options.host_memory_bytes,
     )
 
 
@@ -133,7 +134,9 @@ def _open_cuda(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> En
         engine_dir,
         memory_budget_bytes=options.memory_budget_bytes,
         capacity=spec.capacity,
-        options=CudaOptions(max_running=options.max_running),
+        options=CudaOptions(
+            max_running=options.max_running, host_memory_bytes=options.host_memory_bytes
+        ),
     )
 
 
@@ -143,8 +146,8 @@ _OPENERS: Mapping[str, Opener] = {
     "tensorrt": _open_tensorrt,
     "tensorrt-rtx": _open_tensorrt,
     "cpu ranks": _open_cpu_ranks,
-    "tensorrt ranks": _open_gpu_ranks,
-    "tensorrt-rtx ranks": _open_gpu_ranks,
     "cuda": _open_cuda,
     "cuda ranks": _open_gpu_ranks,
+    "tensorrt ranks": _open_gpu_ranks,
+    "tensorrt-rtx ranks": _open_gpu_ranks,
 }

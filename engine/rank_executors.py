@@ -59,13 +59,6 @@ def _open_cpu(options: RankOptions, collective: Collective) -> Engine:
     )
 
 
-def _open_tensorrt(options: RankOptions, collective: Collective) -> Engine:
-    from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
-
-    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running, collective)
-    return TensorRtEngine(Path(options.engine_dir), runtime, capacity=options.capacity)
-
-
 def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
     from engine.cuda_engine import CudaEngine
     from engine.cuda_options import CudaOptions, TensorParallel
@@ -85,6 +78,13 @@ def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
             tensor_parallel=TensorParallel(collective.rank, collective.size, address),
         ),
     )
+
+
+def _open_tensorrt(options: RankOptions, collective: Collective) -> Engine:
+    from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+
+    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running, collective)
+    return TensorRtEngine(Path(options.engine_dir), runtime, capacity=options.capacity)
 
 
 # Another target is added with a function like the one above and one line here.

@@ -151,6 +151,13 @@ def test_a_decode_step_is_padded_to_its_bucket() -> None:
     ]
 
 
+def test_a_step_without_rows_is_all_padding() -> None:
+    """What graphs are captured with."""
+    packed = pack_decode((), 4)
+    begin, end = packed.layout.spans[2]
+    assert packed.words[begin:end].reshape(-1, 8).tolist() == [[0] * 7 + [n] for n in range(4)]
+
+
 def test_a_mixed_step_is_cut_into_tiles() -> None:
     window = SinkWindow(4, 36, 55)
     rows = [
@@ -196,6 +203,8 @@ def test_all_kernels_compile_for_hopper_and_keep_their_sums_in_registers() -> No
         "_swiglu",
         "_to_float8",
     }
-    # Sine and cosine keep a few words on the stack for angles too large to be ours.
-    assert all(int(stack) <= 32 for _, stack, _ in compiled)
+    # Sine and cosine keep a few words on the stack for angles too large to be ours; split chunks spill a few
+    # where their parts are put together.
+    allowed = {"_rotation_angles": 32, "_sink_attention": 96}
+    assert all(int(stack) <= allowed.get(name, 0) for name, stack, _ in compiled)
     assert all(int(shared) <= 227 * 1024 for _, _, shared in compiled)
