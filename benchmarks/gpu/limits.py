@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.roofline import Limits
 from benchmarks.gpu.shapes import matrices
-from benchmarks.gpu.timing import device_times, spread, synchronize
+from benchmarks.gpu.summary import spread
+from benchmarks.gpu.timing import device_times, synchronize
 from benchmarks.report import median
 from engine_build.spec import ModelShape
 
@@ -32,15 +32,6 @@ def measure_limits(device: str, models: dict[str, ModelShape], tiny: bool) -> di
         **_launches(device),
         **_host_copies(device, copy_bytes // 4),
     }
-
-
-def limits_of(measured: dict[str, Any], l2_bytes: int) -> Limits:
-    """The higher of the two measured bandwidths: the stricter limit."""
-    return Limits(
-        bandwidth=max(measured["copy_bytes_per_s"], measured["read_bytes_per_s"]),
-        matmul=measured["matmul_operations_per_s"],
-        l2_bytes=l2_bytes,
-    )
 
 
 def _bandwidth(device: str, size: int) -> dict[str, Any]:

@@ -119,6 +119,28 @@ def spec_for(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One engine to measure: a model by name, its window and number format."""
+
+    model: str
+    capacity: int
+    max_chunk: int
+    weight_format: WeightFormat
+
+    @property
+    def spec(self) -> EngineSpec:
+        return spec_for(MODELS[self.model], self.capacity, self.max_chunk, self.weight_format)
+
+    def described(self) -> dict[str, str | int]:
+        return {
+            "model": self.model,
+            "capacity": self.capacity,
+            "max_chunk": self.max_chunk,
+            "weight_format": self.weight_format,
+        }
+
+
 def linear_parameters(shape: ModelShape) -> int:
     """Elements of all matrices that a token is multiplied with: layers and head, not the embedding."""
     return sum(rows * columns * count for _, rows, columns, count in matrices(shape))

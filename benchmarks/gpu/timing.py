@@ -1,14 +1,12 @@
-"""Times of calls on a card: warm-up, many repetitions, medians with their spread."""
+"""Times of calls on a card: warm-up, then many repetitions."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from benchmarks.report import median, percentile
 
 Call = Callable[[], Any]
 
@@ -17,16 +15,6 @@ def synchronize(device: str) -> None:
     """Wait for all work of the device; nothing to do on the CPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile, in milliseconds, and how many samples they are of."""
-    return {
-        "ms": 1e3 * median(seconds),
-        "ms_p10": 1e3 * percentile(seconds, 10),
-        "ms_p90": 1e3 * percentile(seconds, 90),
-        "samples": len(seconds),
-    }
 
 
 def device_times(call: Call, device: str, repetitions: int, warmup: int = 3) -> list[float]:
@@ -63,8 +51,3 @@ def wall_times(call: Call, device: str, repetitions: int, warmup: int = 3) -> li
         synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return seconds
-
-
-def repetitions_for(seconds: float, total_s: float, least: int = 10, most: int = 200) -> int:
-    """How often to repeat a call of `seconds` within about `total_s`."""
-    return max(least, min(most, int(total_s / max(seconds, 1e-6))))
