@@ -44,3 +44,16 @@ def _problem(row: Row, spec: EngineSpec, max_resident: int) -> str | None:
     if row.logits not in ("none", "last", "all"):
         return f"logits: {row.logits!r} is not none, last or all"
     return None
+
+
+def check_rings(plan: StepPlan) -> None:
+    """For engines that write a chunk before they read: no key may be overwritten that the chunk's first
+    query still sees. Raises ValueError naming the field.
+    """
+    for number, row in enumerate(plan.rows):
+        needed = row.window.window_tokens + len(row.tokens) - 1
+        if row.window.ring_tokens < needed:
+            raise ValueError(
+                f"rows[{number}].window.ring_tokens: {row.window.ring_tokens} < {needed}, which a chunk "
+                f"of {len(row.tokens)} tokens needs"
+            )

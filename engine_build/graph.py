@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from engine_build.lowering_cpu import CpuLowering
+from engine_build.lowering_cuda import write_cuda_weights
 from engine_build.onnx_writer import GraphWriter
 from engine_build.spec import EngineSpec, ModelShape, SpecError
 from engine_build.weights import MergedWeight, Tensors, WeightFileWriter, merged_weights
@@ -101,12 +102,15 @@ def define_decoder(shape: ModelShape, graph: GraphWriter, lowering: Lowering) ->
 def export_graph(
     spec: EngineSpec, tensors: Tensors, out_dir: Path, progress: Callable[[float], None]
 ) -> None:
-    """Write `weights.safetensors` and `graph.onnx` into `out_dir`.
+    """Write `weights.safetensors` and, unless the engine brings its own, `graph.onnx` into `out_dir`.
 
     `tensors` are float32 under Hugging Face names. Each weight is read, converted and written before
     the next is read. `progress` is called with the fraction done. Raises SpecError for a target that
     this release has no lowering for.
     """
+    if spec.target == "cuda":
+        write_cuda_weights(spec, tensors, out_dir / WEIGHTS_FILE, progress)
+        return
     if spec.target != "cpu":
         raise SpecError("target", f"{spec.target!r} has no lowering", "Use cpu")
     graph = GraphWriter()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +28,9 @@ _ALIGNMENT = 64
 _DTYPE_NAMES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+    np.dtype(np.int8): "I8",
     np.dtype(np.uint8): "U8",
 }
 
@@ -141,7 +145,7 @@ class WeightFileWriter:
         if values.dtype != declared.dtype or values.shape != declared.shape:
             raise ValueError(f"{name} is {values.dtype} {values.shape}, declared {declared}")
         self._file.seek(self.stored[name].offset)
-        self._file.write(np.ascontiguousarray(values).data)
+        self._file.write(np.ascontiguousarray(values).view(np.uint8).data)
         self._unwritten.remove(name)
 
     def close(self) -> None:
@@ -151,3 +155,18 @@ class WeightFileWriter:
         self._file.close()
         if self._unwritten:
             raise ValueError(f"weights never written: {sorted(self._unwritten)}")
+
+
+def read_weight_file(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a weights file by name, mapped: nothing is read until it is looked at."""
+    dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+    whole = np.memmap(path, dtype=np.uint8, mode="r")
+    base = 8 + int.from_bytes(whole[:8].tobytes(), "little")
+    header: dict[str, Any] = json.loads(whole[8:base].tobytes())
+    result = {}
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            begin, end = tensor["data_offsets"]
+            values = whole[base + begin : base + end].view(dtypes[tensor["dtype"]])
+            result[name] = values.reshape(tensor["shape"])
+    return result

@@ -57,12 +57,11 @@ class Bench:
 
     def step(self, rows: list[Part], qkv: Floats) -> Floats:
         shape, queries = self.shape, self.tiling.queries(self.shape.group)
-        table, token_rows, tiles = [], [], []
+        table, tiles = [], []
+        token_rows: list[int] = []
         for number, (slot, window, start, count, window_start) in enumerate(rows):
-            table.append(
-                (slot, count, start, window.sink_tokens, window.window_tokens)
-                + (window.ring_tokens, window_start, len(token_rows))
-            )
+            sizes = (window.sink_tokens, window.window_tokens, window.ring_tokens)
+            table.append((slot, count, start, *sizes, window_start, len(token_rows)))
             token_rows += [number] * count
             tiles += [(number, first) for first in range(0, count, queries)]
         # Padding, as in a captured step of few rows.
@@ -78,7 +77,8 @@ class Bench:
         q = torch.empty((2, tokens, shape.heads, shape.dim), dtype=self.dtype)
         norms = None
         if self.norms is not None:
-            norms = HeadNorms(*(torch.from_numpy(norm) for norm in self.norms), 1e-5)
+            q_norm, k_norm = (torch.from_numpy(norm) for norm in self.norms)
+            norms = HeadNorms(q_norm, k_norm, 1e-5)
         layer = self.cache[:, LAYER]
         rotate_and_cache(given, angles, norms, layer, rows_in, token_rows_in, q)
         out = torch.empty((tokens, shape.heads, shape.dim), dtype=self.dtype)
@@ -178,7 +178,9 @@ def test_only_its_own_places_are_written() -> None:
     assert set(np.argwhere(changed.any(axis=(2, 3, 4, 5)))[:, 1]) == {LAYER}
     assert set(np.argwhere(changed.any(axis=(1, 2, 3, 4, 5)))[:, 0]) == {2}
     places = changed[2, LAYER].any(axis=(1, 3))
-    assert [set(part.nonzero()[0]) for part in places] == [{window.place(i) for i in range(52, 57)}] * 2
+    assert [set(part.nonzero()[0]) for part in places] == [
+        {window.place(i) for i in range(52, 57)}
+    ] * 2
 
 
 def test_values_that_are_no_numbers_do_not_outlive_their_turn() -> None:

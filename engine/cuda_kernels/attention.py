@@ -9,7 +9,8 @@ token_index, which meets the query rotated at its token_index (design.md, sectio
           place    j     | S + (j - S) mod ring
 
 Few long rows are split along the keys (Flash-Decoding, Dao et al. 2023); the program that finishes last
-puts the parts together, so that no further launch is needed. Scores need no scale: q has it. Sums are float32.
+puts the parts together, so that no further launch is needed. Scores need no scale: q has it. Sums are
+float32.
 """
 
 from __future__ import annotations
@@ -19,17 +20,16 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.cuda_kernels.common import (
-    ROW_FIELDS,
     WORD,
     dot,
     launch_options,
     power_of_two,
 )
-
-Tensor = torch.Tensor
+from engine.cuda_step import ROW_FIELDS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(1 << 30)
@@ -175,7 +175,16 @@ def _sink_attention(
         place = place[:, None] * place_stride
         seen = (j[None, :] <= at_window[:, None]) & (j[None, :] > at_window[:, None] - reach)
         acc, top, mass = _update(
-            rotated, keys + place, values + place, seen, j < num_window, acc, top, mass, even, inside
+            rotated,
+            keys + place,
+            values + place,
+            seen,
+            j < num_window,
+            acc,
+            top,
+            mass,
+            even,
+            inside,
         )
 
     if splits == 1:
@@ -198,9 +207,7 @@ def _sink_attention(
             mass = tl.zeros((block_m,), tl.float32)
             for other in tl.static_range(splits):
                 where = stats + (part + other) * 2 * block_m + m
-                their_top = tl.load(
-                    where, mask=live, other=-float("inf"), cache_modifier=".cg"
-                )
+                their_top = tl.load(where, mask=live, other=-float("inf"), cache_modifier=".cg")
                 their_mass = tl.load(where + block_m, mask=live, other=0.0, cache_modifier=".cg")
                 theirs = tl.load(
                     sums + (part + other) * block_m * dim + square,
@@ -219,34 +226,36 @@ def _sink_attention(
             tl.store(arrived + unit, 0)
 
 
-def choose_tiling(longest: int, tiles: int, kv_heads: int, group: int, num_processors: int) -> Tiling:
-    """For decode rows a tile is as small as tensor cores allow; splits fill the processors twice.
+def decode_tiling(longest: int, rows: int, group: int, num_processors: int) -> Tiling:
+    """For rows of one token: tiles as small as tensor cores allow, splits that fill the processors twice.
 
-    `longest` is the most keys a row can have, `tiles` the number of rows (decode) or tiles: both are
-    known before the step, so a captured launch serves any lengths.
+    `longest` is the most keys a row can have, `rows` counts each KV head: both are known before the step,
+    so that a captured launch serves rows of any length.
     """
-    block_m, keys = max(WORD, power_of_two(group)), 64
-    wanted = triton.cdiv(2 * num_processors, max(1, tiles * kv_heads))
-    most = max(1, longest // keys)
+    keys = 64
+    wanted = min(triton.cdiv(2 * num_processors, rows), longest // keys)
     splits = 1
-    while splits < 32 and splits * 2 <= min(wanted, most):
+    while 2 * splits <= min(wanted, 32):
         splits *= 2
-    return Tiling(block_m, keys, splits, num_warps=4, num_stages=3)
+    return Tiling(max(WORD, power_of_two(group)), keys, splits, num_warps=4, num_stages=3)
 
 
-def prefill_tiling(group: int, head_dim: int) -> Tiling:
-    """Tiles for chunks: as many queries as keep the sums in registers."""
-    wide = head_dim <= 128
-    block_m = max(128 if wide else 64, power_of_two(group))
-    return Tiling(block_m, 64, 1, num_warps=8 if wide else 4, num_stages=2)
+def prefill_tiling(group: int, head_dim: int, split: bool) -> Tiling:
+    """For chunks: as many queries as keep the sums in registers. `split` if there are few of them; into one
+    number of parts only, as each would have to be compiled."""
+    narrow = head_dim > 128
+    block_m = max(64 if narrow else 128, power_of_two(group))
+    return Tiling(block_m, 64, 8 if split else 1, num_warps=4 if narrow else 8, num_stages=2)
 
 
-def interpreter_tiling(group: int, splits: int = 1) -> Tiling:
+def interpreter_tiling(group: int) -> Tiling:
     """Few programs: what costs time in the interpreter is their number."""
-    return Tiling(max(64, power_of_two(group)), 64, splits, num_warps=4, num_stages=1)
+    return Tiling(max(64, power_of_two(group)), 64, 1, num_warps=4, num_stages=1)
 
 
-def split_space(tiling: Tiling, num_tiles: int, kv_heads: int, dim: int, like: Tensor) -> SplitSpace:
+def split_space(
+    tiling: Tiling, num_tiles: int, kv_heads: int, dim: int, like: Tensor
+) -> SplitSpace:
     """Memory for one launch; `arrived` is given by the caller's zeroed `like` int32 tensor."""
     parts = num_tiles * kv_heads * tiling.splits if tiling.splits > 1 else 0
     options = {"dtype": torch.float32, "device": like.device}

@@ -16,11 +16,6 @@ import triton.language as tl
 WORD = 16
 """Tiles of `tl.dot` are at least this wide."""
 
-ROW_FIELDS = 8
-"""int64 fields of a row: kv_slot, tokens, start, sink_tokens, window_tokens, ring_tokens, window_start,
-first (where its tokens begin in the flat batch). Rows without tokens are padding."""
-
-
 _EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -39,7 +34,7 @@ def launch_options(overlap: bool) -> dict[str, Any]:
 
 def interpreted(device: torch.device) -> bool:
     """Whether kernels run as Python over CPU tensors, where few large programs are fastest."""
-    return device.type == "cpu"
+    return bool(device.type == "cpu")
 
 
 def power_of_two(count: int) -> int:

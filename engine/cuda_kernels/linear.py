@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.cuda_kernels.common import WORD, dot, launch_options, power_of_two
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +103,7 @@ def _vector_linear(
     inside = wanted[:, None] & (k < num_inputs)[None, :]
     w = tl.load(first, mask=inside, other=0.0, eviction_policy="evict_first")
     if gated:
-        w2 = tl.load(
-            second, mask=inside, other=0.0, eviction_policy="evict_first"
-        )
+        w2 = tl.load(second, mask=inside, other=0.0, eviction_policy="evict_first")
     # Weights do not depend on the kernel before; the activations do.
     if overlap:
         gdc_launch_dependents()
@@ -131,7 +127,7 @@ def _vector_linear(
                 second + start + block_k,
                 mask=ahead,
                 other=0.0,
-                    eviction_policy="evict_first",
+                eviction_policy="evict_first",
             )
             acc2 += w2.to(tl.float32) * value[None, :]
             w2 = following2

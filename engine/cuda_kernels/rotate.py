@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.cuda_kernels.common import ROW_FIELDS, interpreted, launch_options, power_of_two
-
-Tensor = torch.Tensor
+from engine.cuda_kernels.common import interpreted, launch_options, power_of_two
+from engine.cuda_step import ROW_FIELDS
 
 _TURN = tl.constexpr(6.283185307179586)
 

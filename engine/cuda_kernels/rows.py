@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from engine.cuda_kernels.common import interpreted, power_of_two
-
-Tensor = torch.Tensor
 
 _LARGEST_FLOAT8 = tl.constexpr(448.0)
 
@@ -43,9 +41,7 @@ def _rms_norm(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _swiglu(
-    gate_up, out, num_rows, width, block: tl.constexpr, block_width: tl.constexpr
-):
+def _swiglu(gate_up, out, num_rows, width, block: tl.constexpr, block_width: tl.constexpr):
     row = tl.program_id(0) * block + tl.arange(0, block)
     column = tl.program_id(1) * block_width + tl.arange(0, block_width)
     shown = (row < num_rows)[:, None] & (column < width)[None, :]
@@ -58,9 +54,7 @@ def _swiglu(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _to_float8(
-    x, out, scales, num_rows, width, block: tl.constexpr, block_width: tl.constexpr
-):
+def _to_float8(x, out, scales, num_rows, width, block: tl.constexpr, block_width: tl.constexpr):
     row = tl.program_id(0) * block + tl.arange(0, block)
     column = tl.arange(0, block_width)
     shown = (row < num_rows)[:, None] & (column < width)[None, :]
@@ -107,7 +101,13 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     block = _block_of(rows, out)
     block_width = min(power_of_two(width), 2048)
     _swiglu[(triton.cdiv(rows, block), triton.cdiv(width, block_width))](
-        gate_up, out, rows, width, block=block, block_width=block_width, num_warps=_warps(block_width)
+        gate_up,
+        out,
+        rows,
+        width,
+        block=block,
+        block_width=block_width,
+        num_warps=_warps(block_width),
     )
 
 
@@ -116,5 +116,12 @@ def to_float8(x: Tensor, out: Tensor, scales: Tensor) -> None:
     rows, width = x.shape
     block = _block_of(rows, x)
     _to_float8[(triton.cdiv(rows, block),)](
-        x, out, scales, rows, width, block=block, block_width=power_of_two(width), num_warps=_warps(width)
+        x,
+        out,
+        scales,
+        rows,
+        width,
+        block=block,
+        block_width=power_of_two(width),
+        num_warps=_warps(width),
     )

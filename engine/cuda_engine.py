@@ -1,0 +1,228 @@
+"""The decoder on a CUDA GPU: our own Triton kernels, one CUDA graph for each bucket of decode rows.
+
+    step = check plan -> pack it into a vector -> one copy -> replay a graph, or launch -> sample, wait
+
+On device "cpu" the same kernels run in Triton's interpreter: slow, exact, and what the tests use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.cuda_options import CudaOptions
+from engine.plan_check import check_plan, check_rings
+from engine.protocol import EngineDead, Row, RowResult, StepPlan, StepResult
+from engine.sampling import Sampled
+from engine_build.graph import WEIGHTS_FILE
+from engine_build.manifest import SPEC
+from engine_build.spec import EngineSpec, SpecError
+
+if TYPE_CHECKING:
+    from engine.cuda_runtime import CudaRuntime
+    from engine.cuda_weights import Source
+
+DEFAULT_OPTIONS = CudaOptions()
+_MIB = 2**20
+
+
+class CudaEngine:
+    """See `engine.protocol.Engine`.
+
+    `memory_budget_bytes` is for kv_slots alone; None takes what is free on the GPU after the weights, less
+    a reserve for a step's activations and the graphs (`cuda_runtime.reserve_bytes`). `device` is "cuda",
+    "cuda:N", or "cpu" for Triton's interpreter, which must be chosen before triton is imported (this
+    constructor does it when it can). `capacity` replaces the one in spec.json. With
+    `options.tensor_parallel` this process holds its rank's part, and every rank runs the same plans.
+
+    Raises SpecError naming the field and what to do: no such device, another target's engine, weights or
+    not even one kv_slot that do not fit.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *,
+        memory_budget_bytes: int | None = None,
+        device: str = "cuda",
+        capacity: int | None = None,
+        options: CudaOptions = DEFAULT_OPTIONS,
+    ) -> None:
+        spec = EngineSpec.from_json((engine_dir / SPEC).read_text(encoding="utf-8"))
+        spec = spec if capacity is None else dataclasses.replace(spec, capacity=capacity)
+        place = _device(device, spec)
+        from engine.cuda_weights import from_file, part_of
+
+        source = from_file(engine_dir / WEIGHTS_FILE, spec, part_of(options), place)
+        self._start(spec, source, memory_budget_bytes, place, options)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        spec: EngineSpec,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        memory_budget_bytes: int | None = None,
+        device: str = "cuda",
+        options: CudaOptions = DEFAULT_OPTIONS,
+    ) -> CudaEngine:
+        """An engine without files, of torch tensors under Hugging Face names; one rank only."""
+        place = _device(device, spec)
+        from engine.cuda_weights import from_tensors
+
+        engine = cls.__new__(cls)
+        source = from_tensors(tensors, spec, place)
+        engine._start(spec, source, memory_budget_bytes, place, options)
+        return engine
+
+    @classmethod
+    def with_random_weights(
+        cls,
+        spec: EngineSpec,
+        *,
+        memory_budget_bytes: int | None = None,
+        device: str = "cuda",
+        seed: int = 0,
+        options: CudaOptions = DEFAULT_OPTIONS,
+    ) -> CudaEngine:
+        """An engine without files, its weights drawn on the device: for measuring speed. One rank only."""
+        place = _device(device, spec)
+        from engine.cuda_weights import random_weights
+
+        engine = cls.__new__(cls)
+        source = random_weights(spec, seed, place)
+        engine._start(spec, source, memory_budget_bytes, place, options)
+        return engine
+
+    def _start(
+        self,
+        spec: EngineSpec,
+        source: Source,
+        memory_budget_bytes: int | None,
+        device: torch.device,
+        options: CudaOptions,
+    ) -> None:
+        from engine.cuda_runtime import CudaRuntime
+
+        self._spec, self._options = spec, options
+        try:
+            self._runtime: CudaRuntime | None = CudaRuntime(
+                spec, source, memory_budget_bytes, device, options
+            )
+        except torch.OutOfMemoryError as error:
+            raise SpecError(
+                "memory_budget_bytes",
+                f"the GPU's memory does not hold this engine: {error}",
+                "Free the GPU, lower the budget or max_running, or use more ranks",
+            ) from error
+        self._max_resident = self._runtime.max_resident
+
+    @property
+    def spec(self) -> EngineSpec:
+        return self._spec
+
+    @property
+    def max_resident(self) -> int:
+        return self._max_resident
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """[max_resident, layers, 2, kv_heads, places, padded head_dim]: all memory of kv_slot n is
+        `slots[n]`, contiguous. Work on it belongs on the current stream, between steps."""
+        return self._alive().slots
+
+    @property
+    def choices(self) -> Mapping[str, str]:
+        """Which kernel was measured best for which layer, for `CudaOptions.choices` of a later start."""
+        return self._alive().choices
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """See `Engine.step`. Raises ValueError naming the field of a plan that it cannot run."""
+        runtime = self._alive()
+        check_plan(plan, self._spec, self._max_resident)
+        check_rings(plan)
+        results: list[RowResult] = []
+        try:
+            for rows in _parts(plan.rows, self._options):
+                results += _run(runtime, rows)
+        except Exception as error:
+            raise EngineDead(f"CUDA engine: {error}") from error
+        return StepResult(tuple(results))
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._runtime is not None:
+            self._runtime.close()
+        self._runtime = None
+
+    def _alive(self) -> CudaRuntime:
+        if self._runtime is None:
+            raise EngineDead("the engine is closed")
+        return self._runtime
+
+
+def _device(name: str, spec: EngineSpec) -> torch.device:
+    """The device, and Triton in the mode that it needs."""
+    if spec.target != "cuda":
+        raise SpecError(
+            "target", f"this engine was built for {spec.target!r}", "Build it with --target cuda"
+        )
+    device = torch.device(name)
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu":
+        if not interpret and "triton" in sys.modules:
+            raise SpecError(
+                "device",
+                "triton was imported to compile for a GPU, it cannot also interpret on the CPU",
+                "Set TRITON_INTERPRET=1 in the environment of this process",
+            )
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif interpret:
+        raise SpecError(
+            "device", "TRITON_INTERPRET=1 keeps kernels on the CPU", "Unset it, or use device cpu"
+        )
+    elif not torch.cuda.is_available():
+        raise SpecError("device", "torch finds no CUDA GPU", "Run `nvidia-smi`, or use target cpu")
+    return device
+
+
+def _parts(rows: Sequence[Row], options: CudaOptions) -> Iterator[tuple[Row, ...]]:
+    """The plan's rows in runs of at most `max_running` rows and `max_step_tokens` tokens (at least a row)."""
+    part: list[Row] = []
+    tokens = 0
+    for row in rows:
+        full = len(part) == options.max_running
+        if part and (full or tokens + len(row.tokens) > options.max_step_tokens):
+            yield tuple(part)
+            part, tokens = [], 0
+        part.append(row)
+        tokens += len(row.tokens)
+    if part:
+        yield tuple(part)
+
+
+def _run(runtime: CudaRuntime, rows: tuple[Row, ...]) -> list[RowResult]:
+    logits, logits_of = runtime.compute(rows)
+    drawing = [number for number, row in enumerate(rows) if row.sample is not None]
+    requests = [row.sample for row in rows if row.sample is not None]
+    last = [logits_of[number][1] - 1 for number in drawing]
+    drawn: dict[int, Sampled] = {}
+    if requests:
+        drawn = dict(zip(drawing, runtime.sample(logits, last, requests), strict=True))
+    results = []
+    for number, (row, (first, end)) in enumerate(zip(rows, logits_of, strict=True)):
+        shown: dict[str, Any] = {}
+        if row.logits != "none":
+            shown["logits"] = runtime.to_host(logits[first:end])
+        if number in drawn:
+            one = drawn[number]
+            shown |= {"token_id": one.token_id, "logprob": one.logprob}
+            shown |= {"top": one.top, "failed": one.failed}
+        results.append(RowResult(**shown))
+    return results

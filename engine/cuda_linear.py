@@ -1,0 +1,183 @@
+"""Which kernel serves a linear layer: ours for few tokens, the vendor's library for many.
+
+A choice is written as text, so that what a start measured can be kept as JSON:
+
+    vector:2x1024w4      outputs x inputs of a program, warps; one token only
+    tile:64x128w4s4      the same with pipeline stages; up to 256 tokens
+    library              cuBLAS, with the norm and the gate as kernels of their own
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.cuda_kernels.common import interpreted, power_of_two
+from engine.cuda_kernels.linear import Blocks, Norm, Weights, tile_linear, vector_linear
+from engine.cuda_kernels.rows import rms_norm, swiglu, to_float8
+from engine_build.spec import SpecError
+
+MOST_TILED = 256
+"""Tokens; above, the library always."""
+
+_FUSED_NORM = 16
+"""Above so many tokens each program would spend more on the norm than a launch costs."""
+
+_TEXT = re.compile(r"(vector|tile):(\d+)x(\d+)w(\d+)(?:s(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A way to compute a layer."""
+
+    kind: Literal["vector", "tile", "library"]
+    blocks: Blocks | None = None
+
+    def __str__(self) -> str:
+        if self.blocks is None:
+            return self.kind
+        blocks = self.blocks
+        text = f"{self.kind}:{blocks.outputs}x{blocks.inputs}w{blocks.num_warps}"
+        return text if self.kind == "vector" else f"{text}s{blocks.num_stages}"
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """Inverse of `str`. Raises SpecError."""
+        if text == "library":
+            return LIBRARY
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise SpecError("choices", f"{text!r} names no kernel", "Measure again with tune=True")
+        kind, outputs, inputs, warps, stages = match.groups()
+        blocks = Blocks(int(outputs), int(inputs), int(warps), int(stages or 1))
+        return cls("vector" if kind == "vector" else "tile", blocks)
+
+
+LIBRARY = Choice("library")
+
+
+def bucket_of(tokens: int) -> int:
+    """Layers of 33 to 64 tokens share a choice, and so on."""
+    return power_of_two(tokens)
+
+
+def key_of(weights: Weights, tokens: int) -> str:
+    """What a choice depends on, as text: shape, format, tokens."""
+    outputs, inputs = weights.matrix.shape
+    kind = str(weights.matrix.dtype).removeprefix("torch.")
+    return f"{outputs}x{inputs}-{kind}{'-gated' if weights.gated else ''}@{bucket_of(tokens)}"
+
+
+def default_choice(weights: Weights, tokens: int, num_processors: int) -> Choice:
+    """Before anything was measured: enough programs to keep the memory busy, tiles that stay in registers."""
+    inputs = power_of_two(weights.num_inputs)
+    if interpreted(weights.matrix.device):
+        outputs = min(power_of_two(weights.num_outputs), 512)
+        blocks = Blocks(outputs, min(inputs, 256), num_stages=1)
+        if tokens > _FUSED_NORM:
+            return LIBRARY
+        return Choice("vector" if tokens == 1 else "tile", blocks)
+    if tokens == 1:
+        return Choice("vector", Blocks(2, min(inputs, 1024), 4, 1))
+    if tokens <= (64 if weights.scale is not None else 32):
+        outputs = 64
+        while outputs > 16 and weights.num_outputs < outputs * 2 * num_processors:
+            outputs //= 2
+        return Choice("tile", Blocks(outputs, 128, 4, 4))
+    return LIBRARY
+
+
+class LinearLayers:
+    """Runs linear layers, each in the way chosen for its shape and number of tokens."""
+
+    def __init__(self, chosen: Mapping[str, str], num_processors: int, overlap: bool) -> None:
+        self.chosen = {key: Choice.parse(text) for key, text in chosen.items()}
+        self._num_processors = num_processors
+        self._overlap = overlap
+
+    def run(
+        self,
+        x: Tensor,
+        weights: Weights,
+        out: Tensor,
+        norm: Norm | None = None,
+        *,
+        accumulate: bool = False,
+    ) -> None:
+        """x [tokens, inputs], normed if `norm`, into out [tokens, outputs], or added to it."""
+        choice = self.chosen.get(key_of(weights, len(x))) or default_choice(
+            weights, len(x), self._num_processors
+        )
+        self.run_as(choice, x, weights, out, norm, accumulate=accumulate)
+
+    def run_as(
+        self,
+        choice: Choice,
+        x: Tensor,
+        weights: Weights,
+        out: Tensor,
+        norm: Norm | None = None,
+        *,
+        accumulate: bool = False,
+    ) -> None:
+        """`run` in a given way."""
+        if norm is not None and (choice.blocks is None or len(x) > _FUSED_NORM):
+            normed = torch.empty_like(x)
+            rms_norm(x, norm.weight, norm.epsilon, normed)
+            x, norm = normed, None
+        if choice.blocks is None:
+            _library(x, weights, out, accumulate)
+            return
+        launch = vector_linear if choice.kind == "vector" else tile_linear
+        launch(x, weights, out, choice.blocks, norm, accumulate=accumulate, overlap=self._overlap)
+
+
+def _library(x: Tensor, weights: Weights, out: Tensor, accumulate: bool) -> None:
+    if weights.gated:
+        both = torch.empty((len(x), 2 * weights.num_outputs), dtype=out.dtype, device=out.device)
+        _library(x, Weights(weights.matrix, weights.scale, weights.bias), both, False)
+        swiglu(both, out)
+        return
+    if weights.scale is not None:
+        product = _float8_product(x, weights.matrix, weights.scale)
+    elif out.dtype != x.dtype:
+        product = _wide_product(x, weights.matrix, out.dtype)
+    else:
+        if accumulate:
+            out.addmm_(x, weights.matrix.t())
+        else:
+            torch.mm(x, weights.matrix.t(), out=out)
+        if weights.bias is not None:
+            out.add_(weights.bias)
+        return
+    if weights.bias is not None:
+        product = product + weights.bias
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)
+
+
+def _wide_product(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits as the sums were, not rounded to 16 bits again."""
+    if interpreted(x.device):
+        return x.to(dtype) @ matrix.to(dtype).t()
+    return torch.mm(x, matrix.t(), out_dtype=dtype)
+
+
+def _float8_product(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:
+    """Both operands float8, a scale for each token and each output; not on a CPU, which has no such unit."""
+    if interpreted(x.device):
+        return (x.float() @ (matrix.float() * scale[:, None]).t()).to(x.dtype)
+    levels = torch.empty(x.shape, dtype=matrix.dtype, device=x.device)
+    scales = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+    to_float8(x, levels, scales)
+    product: Tensor = torch._scaled_mm(
+        levels, matrix.t(), scale_a=scales, scale_b=scale[None, :], out_dtype=x.dtype
+    )
+    return product

@@ -1,0 +1,51 @@
+"""How a CUDA engine is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from engine_build.spec import SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """This process's part in a group of `size` ranks. `address` is torch's: `tcp://host:port`."""
+
+    rank: int
+    size: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """`max_running` rows decode in one captured graph at most; larger steps run in several parts, as do
+    steps of more than `max_step_tokens` tokens.
+
+    `capture` uses CUDA graphs for decode steps. `overlap` starts each kernel while the one before drains
+    (programmatic dependent launch; Hopper and later). `tune` measures at start which kernel serves each
+    linear layer best, or `choices` brings what an earlier start measured (`CudaEngine.choices`).
+    """
+
+    max_running: int = 64
+    max_step_tokens: int = 8192
+    capture: bool = True
+    overlap: bool = False
+    tune: bool = False
+    choices: Mapping[str, str] = field(default_factory=dict)
+    tensor_parallel: TensorParallel | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_running < 1:
+            raise SpecError("max_running", f"{self.max_running} is not positive", "Use 1 to 512")
+        if self.max_step_tokens < 1:
+            raise SpecError(
+                "max_step_tokens", f"{self.max_step_tokens} is not positive", "Use 2048 to 16384"
+            )
+
+    def buckets(self) -> list[int]:
+        """Numbers of rows that decode steps are padded to: powers of two, then `max_running`."""
+        sizes = [1]
+        while sizes[-1] < self.max_running:
+            sizes.append(min(2 * sizes[-1], self.max_running))
+        return sizes

@@ -1,0 +1,188 @@
+"""The CUDA engine, its kernels interpreted: against the oracle, and what is particular to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.protocol import EngineDead, Row, SampleRequest, StepPlan
+from engine.sampling import SamplingParams
+from engine.window import SinkWindow
+from engine_build.graph import export_graph
+from engine_build.spec import EngineSpec, SpecError, WeightFormat
+from tests.cuda_fixtures import CudaEngine, CudaOptions, cuda_spec, make_cuda_engine, torch
+from tests.engine_fixtures import (
+    PARTIAL_ROTARY,
+    cached_tensors,
+    feed,
+    random_tokens,
+    row_for,
+    tiny_shape,
+    window_of,
+)
+from tests.reference import Floats, ReferenceDecoder, Rule
+
+MAX_ERROR = 1e-4
+LENGTH = 70
+SIZES = (20, 1, 7)
+
+
+def oracle(family: str = "llama", sinks: int = 4, length: int = LENGTH, **wrong: bool) -> Floats:
+    reference = ReferenceDecoder(
+        tiny_shape(family), cached_tensors(family), Rule(sinks, 40 - sinks, **wrong)
+    )
+    return reference.push_all(0, random_tokens(7, length))
+
+
+def run(engine: CudaEngine, sinks: int = 4, length: int = LENGTH) -> Floats:
+    row = row_for(window_of(engine.spec, sinks))
+    return feed(engine, random_tokens(7, length), row, SIZES)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-bias", "llama-mha-tied", "qwen2", "qwen3", "mistral", PARTIAL_ROTARY]
+)
+def test_every_family_equals_the_oracle(family: str) -> None:
+    assert np.abs(run(make_cuda_engine(family)) - oracle(family)).max() < MAX_ERROR
+
+
+@pytest.mark.parametrize("wrong", ["no_sinks", "no_shift", "one_key_too_few"])
+def test_wrong_rules_are_told_from_the_right_one(wrong: str) -> None:
+    got = run(make_cuda_engine(), length=60)
+    assert np.abs(got - oracle(length=60, **{wrong: True})).max() > 100 * MAX_ERROR
+
+
+@pytest.mark.parametrize("offset", [4_000_037, 16_000_000])
+def test_far_into_a_stream(offset: int) -> None:
+    engine = make_cuda_engine()
+    window = window_of(engine.spec, 4)
+    first, rest = random_tokens(1, 4), random_tokens(2, 50)
+    reference = ReferenceDecoder(engine.spec.model, cached_tensors("llama"), Rule(4, 36))
+    feed(engine, random_tokens(9, 60), row_for(window, 1), [20])
+    got = [feed(engine, first, row_for(window, 1, 0, offset), [3])]
+    got.append(feed(engine, rest, row_for(window, 1, offset, offset), SIZES))
+    wanted = [reference.push_all(0, first), reference.push_all(offset, rest)]
+    assert np.abs(np.concatenate(got) - np.concatenate(wanted)).max() < MAX_ERROR
+
+
+def test_conversations_of_different_lengths_share_steps() -> None:
+    """Rows of one plan, more than a part of a step holds, in an order of their own."""
+    engine = make_cuda_engine(options=CudaOptions(max_running=3, max_step_tokens=24))
+    pins, rng = (0, 4, 20, 1), np.random.default_rng(3)
+    tokens = [random_tokens(20 + n, 60 - 9 * n) for n in range(4)]
+    got: list[list[Floats]] = [[] for _ in pins]
+    length = [0] * 4
+    while any(length[n] < len(tokens[n]) for n in range(4)):
+        rows, who = [], []
+        for n in rng.permutation(4):
+            part = tokens[n][length[n] : length[n] + int(rng.choice([0, 1, 5, 20]))]
+            if len(part):
+                window = window_of(engine.spec, pins[n])
+                rows.append(Row(int(n), length[n], part, window, logits="all"))
+                who.append(n)
+        for n, row, result in zip(who, rows, engine.step(StepPlan(tuple(rows))).rows, strict=True):
+            assert result.logits is not None
+            got[n].append(result.logits)
+            length[n] += len(row.tokens)
+    for n, sinks in enumerate(pins):
+        rule = Rule(sinks, 40 - sinks)
+        wanted = ReferenceDecoder(engine.spec.model, cached_tensors("llama"), rule)
+        error = np.abs(np.concatenate(got[n]) - wanted.push_all(0, tokens[n])).max()
+        assert error < MAX_ERROR
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "tolerance"), [("bfloat16", 0.6), ("float16", 0.08), ("float8", 2.0)]
+)
+def test_narrow_formats_are_near_the_oracle(weight_format: WeightFormat, tolerance: float) -> None:
+    engine = make_cuda_engine("qwen2", weight_format=weight_format)
+    wanted = oracle("qwen2", length=50)
+    error = np.abs(run(engine, length=50) - wanted)
+    assert 1e-4 < error.mean() < tolerance / 4
+    assert error.max() < tolerance * 2
+
+
+def test_rows_that_only_some_sample() -> None:
+    engine, request = (
+        make_cuda_engine(),
+        SampleRequest(SamplingParams(temperature=0.0), 0, 0, np.zeros(0, np.int32)),
+    )
+    window = window_of(engine.spec, 4)
+    rows = [
+        Row(slot, 0, random_tokens(slot, 1), window, sample=request if slot != 1 else None)
+        for slot in range(3)
+    ]
+    alone = [engine.step(StepPlan((dataclasses.replace(row, logits="last"),))) for row in rows]
+    results = engine.step(StepPlan(tuple(rows))).rows
+    for n, result in enumerate(results):
+        logits = alone[n].rows[0].logits
+        assert logits is not None
+        assert result.token_id == (None if n == 1 else int(logits.argmax()))
+
+
+def test_tensors_of_a_reference_make_the_same_engine() -> None:
+    for family in ("qwen2", "qwen3"):
+        tensors = {name: torch.from_numpy(one) for name, one in cached_tensors(family).items()}
+        spec = cuda_spec(family)
+        options = {"memory_budget_bytes": spec.slot_bytes, "device": "cpu"}
+        engine = CudaEngine.from_tensors(spec, tensors, **options)
+        assert (run(engine, length=21) == run(make_cuda_engine(family), length=21)).all()
+
+
+def test_random_weights_run() -> None:
+    spec = cuda_spec("qwen3", weight_format="float8")
+    engine = CudaEngine.with_random_weights(
+        spec, memory_budget_bytes=2 * spec.slot_bytes, device="cpu"
+    )
+    assert engine.max_resident == 2
+    assert np.isfinite(run(engine, length=21)).all()
+
+
+def test_a_slot_is_one_run_of_memory_of_the_size_promised() -> None:
+    engine = make_cuda_engine("mistral")
+    assert engine.slots[1].is_contiguous()
+    assert engine.slots[1].nbytes == engine.spec.slot_bytes
+
+
+def test_a_chunk_that_would_overwrite_what_it_sees_is_refused() -> None:
+    engine = make_cuda_engine()
+    row = Row(0, 50, random_tokens(1, 5), SinkWindow(4, 36, 39))
+    with pytest.raises(ValueError, match=r"rows\[0\].window.ring_tokens: 39 < 40"):
+        engine.step(StepPlan((row,)))
+
+
+def test_what_cannot_start_says_what_to_do(tmp_path: Path) -> None:
+    spec = cuda_spec()
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    export_graph(spec, cached_tensors("llama"), tmp_path, lambda fraction: None)
+    for device, field in (("cuda", "TRITON_INTERPRET"), ("cpu", "memory_budget_bytes")):
+        with pytest.raises(SpecError, match=field):
+            CudaEngine(tmp_path, device=device)
+    with pytest.raises(SpecError, match="do not hold one kv_slot"):
+        CudaEngine(tmp_path, device="cpu", memory_budget_bytes=spec.slot_bytes - 1)
+    (tmp_path / "spec.json").write_text(EngineSpec(spec.model, 32, 8).to_json())
+    with pytest.raises(SpecError, match="target"):
+        CudaEngine(tmp_path, device="cpu", memory_budget_bytes=spec.slot_bytes)
+    for changes in ({"max_running": 0}, {"max_step_tokens": 0}, {"choices": {"x": "fast"}}):
+        with pytest.raises(SpecError, match=next(iter(changes))):
+            make_cuda_engine(options=CudaOptions(**changes))
+
+
+def test_a_failing_launch_kills_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_cuda_engine()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr("engine.cuda_decoder.CudaDecoder.run", fail)
+    with pytest.raises(EngineDead, match="illegal memory access"):
+        run(engine)
+
+
+def test_buckets_are_powers_of_two_up_to_the_largest() -> None:
+    assert CudaOptions(max_running=1).buckets() == [1]
+    assert CudaOptions(max_running=8).buckets() == [1, 2, 4, 8]
+    assert CudaOptions(max_running=48).buckets() == [1, 2, 4, 8, 16, 32, 48]
