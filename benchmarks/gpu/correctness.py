@@ -66,10 +66,10 @@ class Checks:
         self._chunk = self._spec.max_chunk
         self._mixed = (1, 3, min(16, self._chunk), 1, self._chunk, min(7, self._chunk))
 
-    def run(self, rounds: int = 100) -> list[dict[str, Any]]:
+    def run(self, draws: int) -> list[dict[str, Any]]:
         """Every check as {"name", "error", "bar"}; "at_least" where more is better.
 
-        `rounds` steps of three draws each are compared.
+        `draws` sampled tokens are compared.
         """
         mixed = self._wrapping(self._mixed)
         found = [self._check("mixed chunks, ring wraps", *mixed)]
@@ -82,7 +82,7 @@ class Checks:
         found.append(self._check("bounded replay into a used slot", *self._replay()))
         if self._spec.capacity <= WRONG_UP_TO and self._spec.weight_format != "float8":
             found.extend(self._wrong_rules(*mixed))
-        found.append(self._sampling(rounds))
+        found.append(self._sampling(draws))
         return found
 
     def _check(self, name: str, got: Logits, wanted: Logits) -> dict[str, Any]:
@@ -163,12 +163,12 @@ class Checks:
             )
         return found
 
-    def _sampling(self, rounds: int) -> dict[str, Any]:
+    def _sampling(self, draws: int) -> dict[str, Any]:
         """Tokens drawn by the engine against engine.sampling on the engine's own logits."""
         window, other, drawn = window_of(self._spec), 0, 0
         slots = 3
         history = self._tokens(9, 40)
-        for number in range(rounds):
+        for number in range(draws // slots):
             params = [
                 dataclasses.replace(SAMPLING[(number + slot) % len(SAMPLING)], seed=91 * number)
                 for slot in range(slots)

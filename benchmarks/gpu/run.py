@@ -3,6 +3,8 @@
     python -m benchmarks.gpu.run --out $OUT                  # about nine minutes: what the bars need first
     python -m benchmarks.gpu.run --out $OUT --resume FILE    # go on where that one stopped
     python -m benchmarks.gpu.run --out $OUT --quick          # two minutes: one model, few points
+    python -m benchmarks.gpu.run --out $OUT --resume FILE --only variant      # which kernels are fastest
+    python -m benchmarks.gpu.run --out $OUT --resume FILE --again decode versus correctness  # with those
     python -m benchmarks.gpu.run --list                      # what would be measured, in which order
     python -m benchmarks.gpu.run --out /tmp/x --device cpu --tiny   # no GPU: the same code, interpreted
 
@@ -28,10 +30,12 @@ from typing import Any
 
 from benchmarks.gpu.bars import evaluate
 from benchmarks.gpu.budget import Budget, Task, fitting, in_order
+from benchmarks.gpu.options import chosen_options
 from benchmarks.gpu.process import WorkerFailed, WorkerProcess
 from benchmarks.gpu.results_file import Results, WrongResults
 from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid
 from benchmarks.gpu.tasks import SECTIONS, tasks_for
+from benchmarks.gpu.tensorrt_sm90 import probe
 from benchmarks.gpu.versus import measure_versus
 
 START_S = 120.0
@@ -54,15 +58,20 @@ class Run:
     def execute(self, task: Task, results: Results, timeout_s: float) -> dict[str, Any]:
         """One task's result. Raises WorkerFailed."""
         if task.section == "tensorrt_sm90":
-            return self._tensorrt(timeout_s)
+            return probe(timeout_s)
         subject = self._started_subject()
+        given: dict[str, Any] = {
+            "limits": _limits_in(results),
+            "options": chosen_options(results.document["sections"], task.model),
+        }
         if task.section == "versus":
             module = "benchmarks.gpu.peers"
             log = self._out / f"peer-{task.parameters['peer']}.log"
             with WorkerProcess(module, ["--device", self._device], log) as peer:
-                return measure_versus(subject, peer, task, timeout_s)
-        limits = _limits_in(results)
-        if task.section in ("decode", "prefill") and limits is None:
+                return measure_versus(
+                    subject, peer, task, timeout_s, given, GRIDS[self._size].effort
+                )
+        if task.section in ("decode", "prefill") and given["limits"] is None:
             raise WorkerFailed("needs the section limits, which is not measured yet", alive=True)
         return subject.call(
             "measure",
@@ -70,7 +79,7 @@ class Run:
             section=task.section,
             model=task.model,
             parameters=dict(task.parameters),
-            limits=limits,
+            given=given,
         )
 
     def close(self) -> None:
@@ -152,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = Results.new(options.out, device)
         else:
             results = Results.resumed(options.resume, options.out, device)
-        measure_all(run, results, in_order(tasks, options.only, results.done), budget)
+        again = {key for key in results.done if key.split("/", 1)[0] in options.again}
+        measure_all(run, results, in_order(tasks, options.only, results.done - again), budget)
     except (WorkerFailed, WrongResults) as error:
         print(f"cannot measure: {error}", file=sys.stderr)
         return 1
@@ -190,6 +200,13 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-s", type=float, default=540.0, help="seconds in all (default 540)"
     )
     parser.add_argument("--resume", type=Path, help="results of an earlier call on the same card")
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        choices=SECTIONS,
+        default=[],
+        help="with --resume: measure these sections anew, say with a faster variant",
+    )
     parser.add_argument("--quick", action="store_true", help="one model, few points")
     parser.add_argument("--profile", action="store_true", help="also a table of kernels per model")
     parser.add_argument("--list", action="store_true", help="print the plan and stop")

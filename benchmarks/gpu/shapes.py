@@ -77,6 +77,23 @@ MODELS: Mapping[str, ModelShape] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """How long a point is measured: about `seconds`, within `least` and `most` repetitions; comparisons in
+    `rounds` of `steps` each; `draws` sampled tokens are compared, three a step."""
+
+    seconds: float = 1.5
+    least: int = 10
+    most: int = 200
+    rounds: int = 8
+    steps: int = 24
+    draws: int = 300
+
+    def repetitions(self, seconds: float) -> int:
+        """How often to repeat a step that takes `seconds`."""
+        return max(self.least, min(self.most, int(self.seconds / max(seconds, 1e-6))))
+
+
+@dataclass(frozen=True, slots=True)
 class Grid:
     """What one run measures: `--quick` and `--tiny` take less of each."""
 
@@ -87,6 +104,7 @@ class Grid:
     replay_windows: tuple[int, ...] = REPLAY_WINDOWS
     max_chunk: int = MAX_CHUNK
     weight_format: WeightFormat = "bfloat16"
+    effort: Effort = Effort()
 
 
 FULL = Grid()
@@ -101,6 +119,7 @@ TINY_GRID = Grid(
     replay_windows=(1, 2),
     max_chunk=8,
     weight_format="float32",
+    effort=Effort(seconds=0.0, least=2, most=2, rounds=1, steps=2, draws=12),
 )
 
 

@@ -1,4 +1,4 @@
-"""Medians with their spread, and how often to repeat. Pure: the parent process uses it too, without torch."""
+"""Medians with their spread. Pure: the parent process uses it too, without torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,3 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
         "ms_p90": 1e3 * percentile(seconds, 90),
         "samples": len(seconds),
     }
-
-
-def repetitions_for(seconds: float, total_s: float, least: int = 10, most: int = 200) -> int:
-    """How often to repeat a call of `seconds` within about `total_s`."""
-    return max(least, min(most, int(total_s / max(seconds, 1e-6))))

@@ -15,6 +15,7 @@ from engine_build.spec import WeightFormat
 SECTIONS = (
     "limits",
     "correctness",
+    "variant",
     "versus",
     "decode",
     "prefill",
@@ -35,6 +36,7 @@ def tasks_for(grid: Grid, profile: bool = False) -> list[Task]:
     """All tasks of a grid, most important first."""
     found = [Task("limits", "all", 0, 30)]
     found += _correctness(grid)
+    found += _variants(grid)
     found += _versus(grid)
     for place, model in enumerate(_by_importance(grid)):
         base = (_FIRST, _SECOND, _THIRD)[min(place, 2)]
@@ -66,11 +68,31 @@ def _correctness(grid: Grid) -> Iterator[Task]:
         yield task("tiny", grid.weight_format, 16, 1)
         return
     yield task("llama-3-8b", "float32", 64, 1)
-    yield task("llama-3-8b", "bfloat16", 64, 2)
+    yield task("llama-3-8b", "bfloat16", 64, 5)
     yield task("llama-3-8b", "bfloat16", 1024, 60)
     yield task("qwen2.5-0.5b", "bfloat16", 64, 61)
     yield task("llama-2-7b", "float16", 64, 62)
     yield task("llama-3-8b", "float8", 64, 63)
+
+
+def _variants(grid: Grid) -> Iterator[Task]:
+    """Options of the engine. Measuring every layer's kernels takes minutes: a call of its own."""
+    for model in grid.models:
+        place = 3 if model == _by_importance(grid)[0] else 50
+        for tune, overlap, later, estimate_s in (
+            (False, False, 0, 30),
+            (False, True, 1, 30),
+            (True, True, 160, 240),
+        ):
+            if model == "tiny" and overlap:
+                continue  # Triton's interpreter has no other kernels to wait for.
+            parameters = {
+                "capacity": _middle(grid),
+                "format": grid.weight_format,
+                "tune": tune,
+                "overlap": overlap,
+            }
+            yield Task("variant", model, place + later, estimate_s, parameters)
 
 
 def _versus(grid: Grid) -> Iterator[Task]:
@@ -79,11 +101,11 @@ def _versus(grid: Grid) -> Iterator[Task]:
 
     if "tiny" in grid.models:
         for place, peer in enumerate(("streaming_llm", "recompute", "static_compile")):
-            yield task(peer, "tiny", grid.capacities[0], 3 + place, 30)
+            yield task(peer, "tiny", grid.capacities[0], 6 + place, 30)
         return
     for model in (model for model in LLAMAS if model in grid.models):
         for place, capacity in enumerate(VERSUS_CAPACITIES):
-            yield task("streaming_llm", model, capacity, 5 + 60 * place, 40)
+            yield task("streaming_llm", model, capacity, 6 + 60 * place, 40)
         yield task("recompute", model, 1024, 80, 40)
         yield task("static_compile", model, 1024, 85, 120)
         yield task("streaming_llm", model, 2048, 210, 40)

@@ -7,17 +7,24 @@ from typing import Any
 
 from benchmarks.gpu.budget import Task
 from benchmarks.gpu.process import WorkerProcess
+from benchmarks.gpu.shapes import Effort
 from benchmarks.gpu.summary import spread
 from benchmarks.report import median, paired_ratio
 
-ROUNDS = 5
-STEPS = 32
+RECOMPUTED = 4
+"""Steps a round of a peer that takes a window's prefill for each."""
 
 
 def measure_versus(
-    subject: WorkerProcess, peer: WorkerProcess, task: Task, timeout_s: float, rounds: int = ROUNDS
+    subject: WorkerProcess,
+    peer: WorkerProcess,
+    task: Task,
+    timeout_s: float,
+    given: dict[str, Any],
+    effort: Effort,
 ) -> dict[str, Any]:
-    """Batch 1, greedy, full windows. `ratio`: median over the rounds of their time over ours.
+    """Batch 1, greedy, full windows. `ratio`: median over the rounds of their time over ours. `given`: see
+    `SubjectProcess.measure`.
 
     Raises WorkerFailed if either cannot, or not within `timeout_s` in all.
     """
@@ -30,12 +37,10 @@ def measure_versus(
     theirs: list[float] = []
     paired: list[tuple[float, float]] = []
     described: dict[str, Any] = {}
-    for number in range(rounds + 1):
-        mine = subject.call(
-            "rounds", end - time.monotonic(), model=task.model, capacity=capacity, steps=STEPS
-        )
-        # Few steps are enough of a peer that takes a window's prefill for each.
-        steps = 4 if name == "recompute" else STEPS
+    for number in range(effort.rounds + 1):
+        asked = {"model": task.model, "capacity": capacity, "steps": effort.steps, "given": given}
+        mine = subject.call("rounds", end - time.monotonic(), **asked)
+        steps = min(effort.steps, RECOMPUTED) if name == "recompute" else effort.steps
         other = peer.call("decode", end - time.monotonic(), steps=steps)
         described = {key: value for key, value in mine.items() if key != "seconds"}
         if number:
