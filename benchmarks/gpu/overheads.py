@@ -28,7 +28,7 @@ def measure_overheads(
     """Variants in turn in every round, then the same greedy steps without CUDA graphs."""
     spec = point.spec
     slots = largest_batch(spec, batches, subject.memory_bytes)
-    found = []
+    found: list[dict[str, Any]] = []
     for batch in (b for b in batches if b <= slots):
         engine = subject.open(spec, slots)
         seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}

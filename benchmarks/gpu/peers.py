@@ -4,8 +4,8 @@
     recompute         sliding window with recomputation: the whole window through the model for each token
     static_compile    stock transformers: generate() with a static cache, which compiles the decoder
 
-All are transformers' Llama with random weights in float16 (bfloat16 for static_compile has no advantage),
-one conversation, a full window, greedy, each token id fetched to the host as a server must.
+All are transformers' Llama with random weights in float16, one conversation, a full window, greedy,
+each token id fetched to the host as a server must.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.gpu.process import serve
+from benchmarks.gpu.process import breaks_cuda, serve
 from benchmarks.gpu.shapes import MODELS, SINK_TOKENS
 from benchmarks.gpu.streaming_llm import StreamingLlama
 from benchmarks.gpu.timing import synchronize
@@ -34,30 +34,32 @@ def transformers_llama(
     shape: ModelShape, device: str, dtype: torch.dtype, attention: str, max_positions: int = 4096
 ) -> Any:
     """LlamaForCausalLM of this shape, random weights, in evaluation mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     if shape.qkv_bias or shape.qk_norm:
         raise ValueError(f"{shape.architecture} is no Llama: peers run Llama shapes only")
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        rms_norm_eps=shape.rms_norm_eps,
-        rope_theta=shape.rope.theta,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=shape.tied_head,
-        attn_implementation=attention,
-        pad_token_id=0,
-    )
+    # Spelled for releases 4 and 5 alike, which differ in what they declare.
+    options: dict[str, Any] = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope.theta,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": shape.tied_head,
+        "attn_implementation": attention,
+        "pad_token_id": 0,
+    }
+    config = transformers.LlamaConfig(**options)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            model: Any = transformers.LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
     return model.eval()
@@ -89,17 +91,21 @@ class RecomputePeer:
         self._model = transformers_llama(shape, device, dtype, "sdpa")
         self._window = torch.randint(0, shape.vocab_size, (1, capacity), device=device)
 
-    @torch.no_grad()
     def decode(self, steps: int) -> list[float]:
         seconds = []
         for _ in range(steps):
             begin = time.perf_counter()
-            hidden = self._model.model(input_ids=self._window, use_cache=False).last_hidden_state
-            token = self._model.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
+            with torch.no_grad():
+                token = self._next()
             token.item()
             self._window = torch.cat([self._window[:, 1:], token], dim=1)
             seconds.append(time.perf_counter() - begin)
         return seconds
+
+    def _next(self) -> torch.Tensor:
+        hidden = self._model.model(input_ids=self._window, use_cache=False).last_hidden_state
+        token: torch.Tensor = self._model.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
+        return token
 
 
 class StaticCompilePeer:
@@ -159,16 +165,11 @@ class PeerProcess:
         return {"seconds": self._peer.decode(steps)}
 
 
-def is_fatal(error: Exception) -> bool:
-    """Whether CUDA is unusable after this error: anything but running out of memory or a refused argument."""
-    return "CUDA error" in str(error) or "device-side assert" in str(error)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", default="cuda")
     process = PeerProcess(parser.parse_args().device)
-    serve({"open": process.open, "decode": process.decode}, is_fatal)
+    serve({"open": process.open, "decode": process.decode}, breaks_cuda)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,15 @@ def serve(handlers: dict[str, Handler], is_fatal: Callable[[Exception], bool]) -
         answers.flush()
 
 
+_BROKEN = ("CUDA error", "Triton Error", "device-side assert", "illegal memory", "CUBLAS_STATUS")
+
+
+def breaks_cuda(error: Exception) -> bool:
+    """Whether a process's CUDA is unusable after this error, as after all but a refused argument or a want
+    of memory."""
+    return any(sign in str(error) for sign in _BROKEN)
+
+
 def describe(error: BaseException) -> str:
     """An error in one line of at most 300 characters."""
     text = f"{type(error).__name__}: {error}".strip()

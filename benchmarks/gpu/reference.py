@@ -58,13 +58,18 @@ class FloatReference:
         frequencies = torch.from_numpy(shape.rope.inverse_frequencies())
         self._frequencies = frequencies.to(device)
 
-    @torch.no_grad()
     def logits(
         self, tokens: torch.Tensor, indices: torch.Tensor, rule: WindowRule, last: int
     ) -> torch.Tensor:
         """float32 [last, vocab] of the last tokens. `tokens`, `indices`: int64 [n]; what a bounded
         replay left out is simply not among them.
         """
+        with torch.no_grad():
+            return self._decoder(tokens, indices, rule, last)
+
+    def _decoder(
+        self, tokens: torch.Tensor, indices: torch.Tensor, rule: WindowRule, last: int
+    ) -> torch.Tensor:
         get = self._weight
         x = get("model.embed_tokens.weight", tokens)
         for layer in range(self._shape.num_layers):

@@ -81,11 +81,11 @@ class StreamingLlama:
             keys = torch.randn(size, device=weight.device, dtype=weight.dtype)
             self.cache.layers[number] = keys, torch.randn_like(keys)
 
-    @torch.no_grad()
     def step(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits [1, vocab] after one more token; `token_ids` int64 [1, 1]."""
-        logits: torch.Tensor = self._model(input_ids=token_ids, use_cache=False).logits
-        self.cache.evict()
+        with torch.no_grad():
+            logits: torch.Tensor = self._model(input_ids=token_ids, use_cache=False).logits
+            self.cache.evict()
         return logits[:, -1]
 
     def _replace_attention(self, attention: Any, number: int) -> None:

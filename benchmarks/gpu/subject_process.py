@@ -17,9 +17,8 @@ from benchmarks.gpu.driving import decode_plans, step_seconds
 from benchmarks.gpu.kernel_profile import measure_profile
 from benchmarks.gpu.limits import measure_limits
 from benchmarks.gpu.overheads import measure_overheads
-from benchmarks.gpu.peers import is_fatal
 from benchmarks.gpu.prefill import measure_prefill
-from benchmarks.gpu.process import serve
+from benchmarks.gpu.process import Handler, breaks_cuda, serve
 from benchmarks.gpu.random_weights import random_tensors
 from benchmarks.gpu.reference import FloatReference
 from benchmarks.gpu.restore import measure_restore
@@ -159,12 +158,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     process = SubjectProcess(options.device, options.size, options.out)
-    handlers = {
+    handlers: dict[str, Handler] = {
         "device": process.device,
         "measure": process.measure,
         "rounds": process.rounds,
     }
-    serve(handlers, is_fatal)
+    serve(handlers, breaks_cuda)
 
 
 if __name__ == "__main__":
