@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 SPREAD = {"ms": 4.0, "ms_p10": 3.9, "ms_p90": 4.2, "samples": 100}
+TILING = {"block_m": 16, "keys": 64, "splits": 8, "num_warps": 4, "num_stages": 3}
 POINT = {
     "model": "llama-3-8b",
     "capacity": 2048,
@@ -83,6 +84,34 @@ def _sections() -> dict[str, Any]:
             "slot_bytes": 300 << 20,
             "replay": [{**SPREAD, "windows": n, "steps": 4 * n} for n in (1, 4)],
             "copy": {"to_host": SPREAD, "to_device": SPREAD},
+        },
+        "variant/llama-3-8b/tune=True/overlap=False": {
+            **POINT,
+            "tune": True,
+            "overlap": False,
+            "batches": [{"batch": 1, **SPREAD}],
+            "mean_ms": 4.0,
+            "choices": {"a": "library"},
+        },
+        "variant/llama-3-8b/tune=False/overlap=True": {
+            **POINT,
+            "tune": False,
+            "overlap": True,
+            "batches": [{"batch": 1, **SPREAD}],
+            "mean_ms": 4.5,
+            "choices": {},
+        },
+        "attention/llama-3-8b/capacity=2048": {
+            **POINT,
+            "attention": [
+                {
+                    "batch": 1,
+                    "limit_ms": 0.003,
+                    "own": {**TILING, **SPREAD},
+                    "best": {**TILING, **SPREAD},
+                    "tried": [{**TILING, **SPREAD}, {**TILING, "refused": "shared memory"}],
+                }
+            ],
         },
         "overheads/llama-3-8b/capacity=2048": {
             **POINT,

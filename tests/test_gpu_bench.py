@@ -14,6 +14,7 @@ import pytest
 from benchmarks.gpu import report
 from benchmarks.gpu.bars import evaluate
 from benchmarks.gpu.budget import SAVING_S, Budget, Task, fitting, in_order
+from benchmarks.gpu.options import chosen_options
 from benchmarks.gpu.process import WorkerFailed, WorkerProcess
 from benchmarks.gpu.results_file import Results, WrongResults
 from benchmarks.gpu.roofline import (
@@ -196,6 +197,16 @@ def test_the_bars_of_a_sample() -> None:
     assert evaluate({}) == []
 
 
+def test_the_fastest_variant_is_used_from_then_on() -> None:
+    sections = sample_document()["sections"]
+    chosen = chosen_options(sections, "llama-3-8b")
+    assert chosen == {"overlap": False, "choices": {"a": "library"}}
+    assert chosen_options(sections, "llama-2-7b") == chosen
+    sections["variant/llama-3-8b/tune=False/overlap=True"]["mean_ms"] = 3.0
+    assert chosen_options(sections, "llama-3-8b") == {"overlap": True, "choices": {}}
+    assert chosen_options({}, "llama-3-8b") == {}
+
+
 def test_nan_passes_no_bar() -> None:
     document = sample_document()
     for result in document["sections"].values():
@@ -234,7 +245,16 @@ def test_the_page_of_a_sample_has_every_table(tmp_path: Path) -> None:
     path.write_text(json.dumps(sample_document()))
     text = report.page(tmp_path, {"gpu-imaginary-card": ["a.png"]})
     assert "No GPU number" not in text
-    for title in ("Bars", "Decode", "Prefill", "Against peers", "Restoring", "Not measured"):
+    for title in (
+        "Bars",
+        "Decode",
+        "Prefill",
+        "Against",
+        "Restoring",
+        "Variants",
+        "attention",
+        "Not measured",
+    ):
         assert title in text
     assert "256 kv_slots do not fit" in text
     assert "compile / broke" in text

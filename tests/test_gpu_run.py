@@ -90,6 +90,7 @@ def test_the_whole_run_on_tiny_shapes(tmp_path: Path) -> None:
         "age",
         "restore",
         "overheads",
+        "attention",
         "profile",
     }
     checks = [bar for bar in evaluate(document["sections"]) if bar.name == "error"]

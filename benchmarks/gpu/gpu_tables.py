@@ -16,6 +16,8 @@ NOT_MEASURED = (
     "```\npython -m benchmarks.gpu.run --help\n```"
 )
 
+_TILING = ("block_m", "keys", "splits", "num_warps", "num_stages")
+
 PEERS = {
     "streaming_llm": "StreamingLLM as published",
     "recompute": "sliding window, recomputed",
@@ -44,6 +46,8 @@ def gpu_part(document: Document) -> str:
         ("Time per token over a conversation's age", list(_age(sections))),
         ("Restoring a cold conversation", list(_restore(sections))),
         ("What a step costs beside the model", list(_overheads(sections))),
+        ("Variants of the engine", list(_variants(sections))),
+        ("Decode attention, one layer", list(_attention(sections))),
         ("Not measured", list(_missing(document))),
     ):
         if len(rows) > 1:
@@ -153,6 +157,31 @@ def _overheads(sections: Document) -> Iterator[list[str]]:
                 yield [*start, name, _milliseconds(row)]
             if "without_graphs" in one:
                 yield [*start, "greedy, without CUDA graphs", _milliseconds(one["without_graphs"])]
+
+
+def _variants(sections: Document) -> Iterator[list[str]]:
+    yield ["model", "capacity", "kernels", "early launch", "batch", "ms (p10-p90)"]
+    for found in results_of(sections, "variant"):
+        kernels = "measured" if found["tune"] else "by rule"
+        start = [*_names(found), kernels, "yes" if found["overlap"] else "no"]
+        for row in found["batches"]:
+            yield [*start, str(row["batch"]), _milliseconds(row)]
+
+
+def _attention(sections: Document) -> Iterator[list[str]]:
+    yield ["model", "capacity", "batch", "limit, ms", "ours, ms", "best tried, ms", "its tiling"]
+    for found in results_of(sections, "attention"):
+        for row in found["attention"]:
+            own, best = row["own"], row["best"]
+            tiling = {name: best[name] for name in _TILING} if best else {}
+            yield [
+                *_names(found),
+                str(row["batch"]),
+                f"{row['limit_ms']:.4f}",
+                f"{own['ms']:.4f}" if "ms" in own else "refused or wrong",
+                f"{best['ms']:.4f}" if best else "",
+                ", ".join(f"{name} {value}" for name, value in tiling.items()),
+            ]
 
 
 def _missing(document: Document) -> Iterator[list[str]]:

@@ -34,7 +34,7 @@ from benchmarks.gpu.options import chosen_options
 from benchmarks.gpu.process import WorkerFailed, WorkerProcess
 from benchmarks.gpu.results_file import Results, WrongResults
 from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid
-from benchmarks.gpu.tasks import SECTIONS, tasks_for
+from benchmarks.gpu.tasks import NEED_LIMITS, SECTIONS, tasks_for
 from benchmarks.gpu.tensorrt_sm90 import probe
 from benchmarks.gpu.versus import measure_versus
 
@@ -71,7 +71,7 @@ class Run:
                 return measure_versus(
                     subject, peer, task, timeout_s, given, GRIDS[self._size].effort
                 )
-        if task.section in ("decode", "prefill") and given["limits"] is None:
+        if task.section in NEED_LIMITS and given["limits"] is None:
             raise WorkerFailed("needs the section limits, which is not measured yet", alive=True)
         return subject.call(
             "measure",

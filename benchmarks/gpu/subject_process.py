@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.age import measure_age
+from benchmarks.gpu.attention_sweep import measure_attention
 from benchmarks.gpu.correctness import Checks, cut_shape
 from benchmarks.gpu.decode import measure_decode
 from benchmarks.gpu.device import card_state, describe_device
@@ -25,6 +26,7 @@ from benchmarks.gpu.restore import measure_restore
 from benchmarks.gpu.roofline import Limits
 from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid, Point, spec_for
 from benchmarks.gpu.subject import Subject
+from benchmarks.gpu.tasks import NEED_LIMITS
 from benchmarks.gpu.tune import measure_variant
 from engine.cuda_options import CudaOptions
 
@@ -48,6 +50,7 @@ class SubjectProcess:
             "age": self._age,
             "restore": self._restore,
             "overheads": self._overheads,
+            "attention": self._attention,
             "profile": self._profile,
         }
 
@@ -64,7 +67,7 @@ class SubjectProcess:
         limits = given.get("limits")
         self._use(given)
         before = card_state()
-        extra = {"limits": Limits(**limits)} if limits and section in ("decode", "prefill") else {}
+        extra = {"limits": Limits(**limits)} if limits and section in NEED_LIMITS else {}
         try:
             found = self._sections[section](model, **parameters, **extra)
         except Exception:
@@ -145,6 +148,12 @@ class SubjectProcess:
         point = self._point(model, capacity, format)
         batches = self._grid.batches[:3]
         return measure_overheads(self._subject, point, batches, self._grid.effort)
+
+    def _attention(self, model: str, capacity: int, format: Any, limits: Limits) -> dict[str, Any]:
+        self._subject.close()
+        point, given = self._point(model, capacity, format), (limits, self._grid.effort)
+        memory = self._subject.memory_bytes
+        return measure_attention(point, self._grid.batches[:3], self._device, memory, given)
 
     def _profile(self, model: str, capacity: int, format: Any) -> dict[str, Any]:
         point = self._point(model, capacity, format)

@@ -22,10 +22,14 @@ SECTIONS = (
     "age",
     "restore",
     "overheads",
+    "attention",
     "tensorrt_sm90",
     "profile",
 )
 """Every section, as `--only` names them. `profile` runs only when asked for."""
+
+NEED_LIMITS = ("decode", "prefill", "attention")
+"""Sections that are set against the card's measured limits."""
 
 LLAMAS = ("llama-2-7b", "llama-3-8b")
 VERSUS_CAPACITIES = (1024, 512)
@@ -122,6 +126,7 @@ def _measurements(grid: Grid, model: str, base: int) -> Iterator[Task]:
     yield Task("age", model, base + 12, 15, parameters)
     yield Task("restore", model, base + 20, 20, parameters)
     yield Task("overheads", model, base + 21, 35, parameters)
+    yield Task("attention", model, base + 250, 60, parameters)
     if model == "llama-3-8b" and "tiny" not in grid.models:
         eight_bit = {"capacity": middle, "format": "float8"}
         yield Task("decode", model, base + 230, 25, eight_bit)
