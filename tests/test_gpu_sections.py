@@ -35,7 +35,7 @@ from benchmarks.gpu.prefill import measure_prefill  # noqa: E402
 from benchmarks.gpu.random_weights import random_tensors  # noqa: E402
 from benchmarks.gpu.reference import FloatReference  # noqa: E402
 from benchmarks.gpu.restore import measure_restore  # noqa: E402
-from benchmarks.gpu.roofline import Limits  # noqa: E402
+from benchmarks.gpu.roofline import WORKSPACE_BYTES, Limits  # noqa: E402
 from benchmarks.gpu.shapes import TINY, TINY_GRID, Point  # noqa: E402
 from benchmarks.gpu.subject import Subject  # noqa: E402
 from tests.gpu_sample import sample_document  # noqa: E402
@@ -170,7 +170,7 @@ def test_ages_below_a_full_cache_are_left_out(measured: dict[str, Any]) -> None:
 
 def test_points_that_do_not_fit_are_skipped_and_say_so() -> None:
     spec = POINT.spec
-    memory = (3 << 30) + (1 << 20) + 2 * spec.slot_bytes
+    memory = WORKSPACE_BYTES + (1 << 20) + 2 * spec.slot_bytes
     subject = Subject("cpu", memory, construct=stand_in_subject)
     found = measure_decode(subject, POINT, (1, 1_000_000), LIMITS, EFFORT)
     subject.close()

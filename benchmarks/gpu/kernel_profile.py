@@ -20,7 +20,7 @@ _ROWS = 40
 def measure_profile(
     subject: Subject, point: Point, batches: tuple[int, ...], out: Path
 ) -> dict[str, Any]:
-    """A table of `STEPS` steps at each batch that fits, in OUT/profile-MODEL-bBATCH.txt."""
+    """A table of `STEPS` steps at each batch that fits, added to OUT/profile.txt."""
     spec = point.spec
     slots = largest_batch(spec, batches, subject.memory_bytes)
     engine = subject.open(spec, slots)
@@ -29,7 +29,7 @@ def measure_profile(
     if subject.device.startswith("cuda"):
         activities.append(ProfilerActivity.CUDA)
         order = "self_cuda_time_total"
-    files = []
+    path = out / "profile.txt"
     for batch in (b for b in batches if b <= slots):
         step_seconds(engine, decode_plans(spec, batch, 4))
         with profile(activities=activities) as recorded:
@@ -39,7 +39,6 @@ def measure_profile(
         table = recorded.key_averages().table(
             sort_by=order, row_limit=_ROWS, max_name_column_width=70
         )
-        path = out / f"profile-{point.model}-b{batch}.txt"
-        path.write_text(f"{STEPS} decode steps, batch {batch}: {point.described()}\n{table}\n")
-        files.append(path.name)
-    return {**point.described(), "files": files}
+        with path.open("a") as file:
+            file.write(f"{STEPS} decode steps, batch {batch}: {point.described()}\n{table}\n\n")
+    return {**point.described(), "file": path.name}

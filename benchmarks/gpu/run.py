@@ -14,7 +14,8 @@ call that is cut off loses one section at most; --resume takes the rest and keep
 file to benchmarks/results/ and run `python -m benchmarks.gpu.report` for the table and the plots.
 
 Everything that touches the card runs in processes of their own. A section that fails is recorded with
-its error, and the run goes on; OUT/*.log has what the processes printed. The exit status is 1 if a check
+its error, and the run goes on; OUT/*.log has what the processes printed, OUT/profile.txt the
+tables of kernels (--profile). The exit status is 1 if a check
 of correctness failed or a section could not be run, else 0; a bar that was missed is printed, not an error.
 """
 
@@ -124,10 +125,21 @@ def measure_all(run: Run, results: Results, ordered: Sequence[Task], budget: Bud
             document["failed"][task.key] = str(failure)
             print(f"    failed: {failure}", file=sys.stderr, flush=True)
         else:
-            document["sections"][task.key] = {**found, "took_s": time.monotonic() - begin}
+            took_s = time.monotonic() - begin
+            document["sections"][task.key] = {**found, "took_s": took_s}
+            print(f"    {took_s:.0f} s{headline(found)}", file=sys.stderr, flush=True)
         document["bars"] = [bar.to_json() for bar in evaluate(document["sections"])]
         results.save()
     results.save()
+
+
+def headline(found: dict[str, Any]) -> str:
+    """What of a result is worth a line while the run goes on."""
+    rows = found.get("points") or found.get("batches") or []
+    shown = [f"batch {row['batch']}: {row['ms']:.2f} ms" for row in rows if "ms" in row]
+    shown += [f"{found['ratio']:.2f} times the peer"] if "ratio" in found else []
+    shown += [f"{found['tokens_per_s']:.0f} tokens/s"] if "tokens_per_s" in found else []
+    return "".join(f", {one}" for one in shown)
 
 
 def summary(document: dict[str, Any]) -> str:

@@ -116,17 +116,13 @@ class SubjectProcess:
         }
 
     def _variant(
-        self, model: str, capacity: int, format: Any, tune: bool, overlap: bool
+        self, model: str, capacity: int, format: Any, tune: bool, overlap: bool | None = None
     ) -> dict[str, Any]:
-        point = self._point(model, capacity, format)
-        batches = self._grid.batches[:3]
-        return measure_variant(
-            self._subject,
-            point,
-            batches,
-            self._grid.effort,
-            CudaOptions(tune=tune, overlap=overlap),
-        )
+        """`overlap` None: as the variants measured before had it best."""
+        point, batches = self._point(model, capacity, format), self._grid.batches[:3]
+        early = self._subject.options.overlap if overlap is None else overlap
+        options = CudaOptions(tune=tune, overlap=early)
+        return measure_variant(self._subject, point, batches, self._grid.effort, options)
 
     def _decode(self, model: str, capacity: int, format: Any, limits: Limits) -> dict[str, Any]:
         point = self._point(model, capacity, format)

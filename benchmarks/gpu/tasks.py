@@ -66,7 +66,8 @@ def _correctness(grid: Grid) -> Iterator[Task]:
     def task(model: str, weight_format: WeightFormat, capacity: int, place: int) -> Task:
         chunk = min(grid.max_chunk, capacity // 2)
         parameters = {"capacity": capacity, "chunk": chunk, "format": weight_format}
-        return Task("correctness", model, place, 40, parameters)
+        estimate_s = 80 if place == 1 and model != "tiny" else 40
+        return Task("correctness", model, place, estimate_s, parameters)
 
     if "tiny" in grid.models:
         yield task("tiny", grid.weight_format, 16, 1)
@@ -81,22 +82,14 @@ def _correctness(grid: Grid) -> Iterator[Task]:
 
 def _variants(grid: Grid) -> Iterator[Task]:
     """Options of the engine. Measuring every layer's kernels takes minutes: a call of its own."""
+    first = _by_importance(grid)[0]
     for model in grid.models:
-        place = 3 if model == _by_importance(grid)[0] else 50
-        for tune, overlap, later, estimate_s in (
-            (False, False, 0, 30),
-            (False, True, 1, 30),
-            (True, True, 160, 240),
-        ):
-            if model == "tiny" and overlap:
-                continue  # Triton's interpreter has no other kernels to wait for.
-            parameters = {
-                "capacity": _middle(grid),
-                "format": grid.weight_format,
-                "tune": tune,
-                "overlap": overlap,
-            }
-            yield Task("variant", model, place + later, estimate_s, parameters)
+        shared = {"capacity": _middle(grid), "format": grid.weight_format}
+        place = 3 if model == first else 50
+        yield Task("variant", model, place, 60, {**shared, "tune": False, "overlap": False})
+        if model != "tiny":
+            yield Task("variant", model, place + 1, 60, {**shared, "tune": False, "overlap": True})
+            yield Task("variant", model, place + 160, 240, {**shared, "tune": True})
 
 
 def _versus(grid: Grid) -> Iterator[Task]:
@@ -124,8 +117,8 @@ def _measurements(grid: Grid, model: str, base: int) -> Iterator[Task]:
     parameters = {"capacity": middle, "format": grid.weight_format}
     yield Task("prefill", model, base + 11, 15, parameters)
     yield Task("age", model, base + 12, 15, parameters)
-    yield Task("restore", model, base + 20, 20, parameters)
-    yield Task("overheads", model, base + 21, 35, parameters)
+    yield Task("restore", model, base + 13, 20, parameters)
+    yield Task("overheads", model, base + 14, 50, parameters)
     yield Task("attention", model, base + 250, 60, parameters)
     if model == "llama-3-8b" and "tiny" not in grid.models:
         eight_bit = {"capacity": middle, "format": "float8"}
