@@ -9,7 +9,6 @@ place (the others); their all-reduced sum is the new stream, so no launch is spe
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +44,7 @@ class DeviceStep:
 
     @classmethod
     def of(cls, words: Tensor, layout: Layout, tiling: Tiling, in_order: bool) -> DeviceStep:
-        bounds = layout.bounds
-        ids, token_rows, rows, tiles, logit_rows = (
-            words[begin:end] for begin, end in itertools.pairwise(bounds)
-        )
+        ids, token_rows, rows, tiles, logit_rows = (words[begin:end] for begin, end in layout.spans)
         table = rows.view(-1, ROW_FIELDS)
         return cls(ids, token_rows, table, tiles.view(-1, 2), logit_rows, tiling, in_order)
 

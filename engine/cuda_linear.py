@@ -145,29 +145,21 @@ def _library(x: Tensor, weights: Weights, out: Tensor, accumulate: bool) -> None
         return
     if weights.scale is not None:
         product = _float8_product(x, weights.matrix, weights.scale)
-    elif out.dtype != x.dtype:
-        product = _wide_product(x, weights.matrix, out.dtype)
-    else:
         if accumulate:
-            out.addmm_(x, weights.matrix.t())
+            out.add_(product)
         else:
-            torch.mm(x, weights.matrix.t(), out=out)
-        if weights.bias is not None:
-            out.add_(weights.bias)
-        return
-    if weights.bias is not None:
-        product = product + weights.bias
-    if accumulate:
-        out.add_(product)
+            out.copy_(product)
+    elif accumulate:
+        out.addmm_(x, weights.matrix.t())
+    elif out.dtype == x.dtype:
+        torch.mm(x, weights.matrix.t(), out=out)
+    elif interpreted(x.device):
+        torch.mm(x.to(out.dtype), weights.matrix.to(out.dtype).t(), out=out)
     else:
-        out.copy_(product)
-
-
-def _wide_product(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits as the sums were, not rounded to 16 bits again."""
-    if interpreted(x.device):
-        return x.to(dtype) @ matrix.to(dtype).t()
-    return torch.mm(x, matrix.t(), out_dtype=dtype)
+        # Logits stay what the sums were, not rounded to 16 bits on the way.
+        torch.mm(x, weights.matrix.t(), out_dtype=out.dtype, out=out)
+    if weights.bias is not None:
+        out.add_(weights.bias)
 
 
 def _float8_product(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:

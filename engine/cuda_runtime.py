@@ -155,7 +155,7 @@ class CudaRuntime:
             tokens = min(2 * tokens, self._options.max_step_tokens)
             tiles = -(-tokens // queries)
             layout = Layout(tokens, 1, tiles, 1)
-            words = np.zeros(layout.bounds[-1], dtype=np.int64)
+            words = np.zeros(layout.num_words, dtype=np.int64)
             self._launch(PackedStep(layout, words, (), decode=False), self._mixed_tiling(tiles))
         torch.cuda.synchronize(self._device)
 

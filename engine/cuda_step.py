@@ -7,6 +7,7 @@ A decode step is padded to a bucket: rows without tokens, which write nothing an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,16 @@ class Layout:
     logits: int
 
     @property
-    def bounds(self) -> tuple[int, ...]:
-        """Where the five parts begin, and the end."""
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """(begin, end) of the five parts. Each begins at 16 bytes, as kernels are compiled to expect."""
         sizes = (self.tokens, self.tokens, self.rows * ROW_FIELDS, 2 * self.tiles, self.logits)
-        return (0, *np.cumsum(sizes).tolist())
+        begins = [0, *itertools.accumulate(size + size % 2 for size in sizes)]
+        return tuple((begin, begin + size) for begin, size in zip(begins, sizes, strict=False))
+
+    @property
+    def num_words(self) -> int:
+        """Length of the vector."""
+        return self.spans[-1][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ def bucket_layout(bucket: int) -> Layout:
 def pack_decode(rows: Sequence[Row], bucket: int) -> PackedStep:
     """Rows of one token each, every one of them with logits."""
     layout = bucket_layout(bucket)
-    words = np.zeros(layout.bounds[-1], dtype=np.int64)
+    words = np.zeros(layout.num_words, dtype=np.int64)
     ids, token_rows, table, tiles, logit_rows = _parts(words, layout)
     count = len(rows)
     ids[:count] = [int(row.tokens[0]) for row in rows]
@@ -87,7 +94,7 @@ def pack_mixed(rows: Sequence[Row], queries: int) -> PackedStep:
             logit_rows.append(end - 1)
         logits_of.append((first, len(logit_rows)))
     layout = Layout(int(ends[-1]), len(rows), len(tiles), len(logit_rows))
-    words = np.empty(layout.bounds[-1], dtype=np.int64)
+    words = np.zeros(layout.num_words, dtype=np.int64)
     ids, token_rows, table, tile_table, wanted = _parts(words, layout)
     ids[:] = np.concatenate([row.tokens for row in rows])
     token_rows[:] = np.repeat(np.arange(len(rows)), counts)
@@ -113,5 +120,5 @@ def _fields(rows: Sequence[Row]) -> list[tuple[int, ...]]:
 
 
 def _parts(words: Ints, layout: Layout) -> tuple[Ints, ...]:
-    ids, token_rows, table, tiles, logits = np.split(words, layout.bounds[1:-1])
+    ids, token_rows, table, tiles, logits = (words[begin:end] for begin, end in layout.spans)
     return ids, token_rows, table.reshape(-1, ROW_FIELDS), tiles.reshape(-1, 2), logits

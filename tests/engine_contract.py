@@ -37,10 +37,17 @@ def onnx_int8() -> Engine:
     return make_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=SLOTS, weight_format="int8")
 
 
+def cuda() -> Engine:
+    from tests.cuda_fixtures import make_cuda_engine
+
+    return make_cuda_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=SLOTS)
+
+
 ENGINES: dict[str, Callable[[], Engine]] = {
     "toy": toy,
     "onnx-float32": onnx_float32,
     "onnx-int8": onnx_int8,
+    "cuda": cuda,
 }
 
 

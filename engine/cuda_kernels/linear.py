@@ -20,6 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.cuda_kernels.common import WORD, dot, launch_options, power_of_two
 
+_LINE_BYTES = 128
+_PREFETCHED_LINES = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -72,6 +75,20 @@ def _finish(acc, scale, bias, n, wanted, scaled: tl.constexpr, biased: tl.conste
 
 
 @triton.jit
+def _prefetch(rows, width, lines: tl.constexpr, line: tl.constexpr):
+    """Ask for the first `lines` cache lines of these rows, `line` elements each, to be brought to L2."""
+    at = tl.minimum(tl.arange(0, lines) * line, width - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [(rows[:, None] + at[None, :]).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _vector_linear(
     x,
     weight,
@@ -89,14 +106,17 @@ def _vector_linear(
     accumulate: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
+    lines: tl.constexpr,
+    line: tl.constexpr,
     overlap: tl.constexpr,
 ):
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     wanted = n < num_outputs
     k = tl.arange(0, block_k)
     # A vocabulary times a hidden size comes near 2**31 elements.
-    first = weight + n.to(tl.int64)[:, None] * num_inputs + k[None, :]
-    second = first + num_outputs.to(tl.int64) * num_inputs
+    row = weight + tl.minimum(n, num_outputs - 1).to(tl.int64) * num_inputs
+    row2 = row + num_outputs.to(tl.int64) * num_inputs
+    first, second = row[:, None] + k[None, :], row2[:, None] + k[None, :]
     squares = tl.zeros((block_k,), tl.float32)
     acc = tl.zeros((block_n, block_k), tl.float32)
     acc2 = tl.zeros((block_n, block_k), tl.float32)
@@ -104,9 +124,12 @@ def _vector_linear(
     w = tl.load(first, mask=inside, other=0.0, eviction_policy="evict_first")
     if gated:
         w2 = tl.load(second, mask=inside, other=0.0, eviction_policy="evict_first")
-    # Weights do not depend on the kernel before; the activations do.
+    # Weights do not depend on the kernel before, so they are fetched while it ends; activations do.
     if overlap:
         gdc_launch_dependents()
+        _prefetch(row, num_inputs, lines, line)
+        if gated:
+            _prefetch(row2, num_inputs, lines, line)
         gdc_wait()
     for start in range(0, num_inputs, block_k):
         left = start + k < num_inputs
@@ -166,20 +189,26 @@ def _tile_linear(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
+    lines: tl.constexpr,
+    line: tl.constexpr,
     overlap: tl.constexpr,
 ):
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     m = tl.program_id(1) * block_m + tl.arange(0, block_m)
     k = tl.arange(0, block_k)
     wanted, live = n < num_outputs, m < num_tokens
-    first = weight + n.to(tl.int64)[:, None] * num_inputs + k[None, :]
-    second = first + num_outputs.to(tl.int64) * num_inputs
+    row = weight + tl.minimum(n, num_outputs - 1).to(tl.int64) * num_inputs
+    row2 = row + num_outputs.to(tl.int64) * num_inputs
+    first, second = row[:, None] + k[None, :], row2[:, None] + k[None, :]
     rows = x + m[:, None] * num_inputs + k[None, :]
     squares = tl.zeros((block_m,), tl.float32)
     acc = tl.zeros((block_n, block_m), tl.float32)
     acc2 = tl.zeros((block_n, block_m), tl.float32)
     if overlap:
         gdc_launch_dependents()
+        _prefetch(row, num_inputs, lines, line)
+        if gated:
+            _prefetch(row2, num_inputs, lines, line)
         gdc_wait()
     for start in range(0, num_inputs, block_k):
         left = start + k < num_inputs
@@ -212,6 +241,17 @@ def _tile_linear(
     tl.store(places, total.to(out.dtype.element_ty), mask=shown)
 
 
+def _line(weights: Weights) -> int:
+    """Elements of a cache line."""
+    return _LINE_BYTES // int(weights.matrix.element_size())
+
+
+def _lines(weights: Weights, outputs: int) -> int:
+    """Cache lines of each row to prefetch: all of it, if that is a few for each thread."""
+    whole = power_of_two(triton.cdiv(weights.num_inputs, _line(weights)))
+    return min(whole, max(1, _PREFETCHED_LINES // power_of_two(outputs)))
+
+
 def vector_linear(
     x: Tensor,
     weights: Weights,
@@ -241,6 +281,8 @@ def vector_linear(
         accumulate=accumulate,
         block_n=blocks.outputs,
         block_k=blocks.inputs,
+        lines=_lines(weights, blocks.outputs),
+        line=_line(weights),
         overlap=overlap,
         num_warps=blocks.num_warps,
         num_stages=1,
@@ -281,6 +323,8 @@ def tile_linear(
         block_m=block_m,
         block_n=blocks.outputs,
         block_k=blocks.inputs,
+        lines=_lines(weights, blocks.outputs),
+        line=_line(weights),
         overlap=overlap,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
