@@ -22,6 +22,7 @@ from deployments.engine_files import locate_engine
 from deployments.replica import SinkReplica
 from deployments.serve_ingress import Ingress
 from engine_build.demo import sinkserve_home
+from engine_build.spec import EngineSpec
 
 INGRESS_CPUS = 0.1
 MAX_OPEN_REQUESTS = 1000
@@ -37,7 +38,7 @@ def build(args: Mapping[str, Any]) -> Application:
     there yet. Raises ConfigError, EmbeddedError.
     """
     config = load_config(args)
-    locate_engine(config)
+    spec = locate_engine(config).spec
     if config.redis_url == EMBEDDED:
         url = ensure_running(config.data_dir or sinkserve_home() / "data")
         config = config.model_copy(update={"redis_url": url})
@@ -45,13 +46,13 @@ def build(args: Mapping[str, Any]) -> Application:
     # Ray types what `serve.deployment` returns as a decorator.
     engine: Any = serve.deployment(SinkReplica)
     front: Any = serve.deployment(serve.ingress()(Ingress))
-    replicas = engine.options(**replica_options(config)).bind(fields)
+    replicas = engine.options(**replica_options(config, spec)).bind(fields)
     application: Application = front.options(**ingress_options(config)).bind(fields, replicas)
     return application
 
 
-def replica_options(config: ServiceConfig) -> dict[str, Any]:
-    """Of the engine deployment."""
+def replica_options(config: ServiceConfig, spec: EngineSpec) -> dict[str, Any]:
+    """Of the engine deployment. Raises ConfigError for GPUs that the engine was not built for."""
     router: dict[str, Any] = {
         "request_router_class": f"{ConversationRouter.__module__}.{ConversationRouter.__name__}",
         "request_router_kwargs": {
@@ -76,7 +77,7 @@ def replica_options(config: ServiceConfig) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {
             "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_per_replica,
+            "num_gpus": config.gpus_for(spec),
         },
     }
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from deployments.local.home import Home
-from engine_build.spec import WeightFormat
+from engine_build.spec import TARGET_FORMATS, Target, WeightFormat
 
 CONSOLE = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False)
@@ -21,6 +21,11 @@ ERRORS = Console(stderr=True, highlight=False)
 def examples(*commands: str) -> str:
     """The end of a command's help."""
     return "\n\n".join(("Examples:", *(f"[bold]{command}[/bold]" for command in commands)))
+
+
+def _formats() -> str:
+    """The formats of every target, for the help."""
+    return "; ".join(f"{target}: {', '.join(of)}" for target, of in TARGET_FORMATS.items())
 
 
 app = typer.Typer(
@@ -172,6 +177,7 @@ def doctor() -> None:
 @app.command(
     epilog=examples(
         "sinkserve build ./Qwen3-0.6B --out ./qwen",
+        "sinkserve build ./Llama-3-8B --out ./llama --target cuda --capacity 2048 --max-chunk 256",
         "sinkserve up --model ./qwen",
     )
 )
@@ -181,20 +187,100 @@ def build(
         typer.Argument(metavar="MODEL", help="Hugging Face folder (safetensors) or GGUF file."),
     ],
     out: Annotated[Path, typer.Option(help="Engine directory to write.")],
-    capacity: Annotated[
-        int, typer.Option(min=8, help="Tokens of a conversation the model sees.")
-    ] = 512,
-    max_chunk: Annotated[int, typer.Option(min=1, help="Tokens of one prefill step.")] = 64,
+    target: Annotated[
+        Target,
+        typer.Option(
+            help="What runs it. cpu: ONNX Runtime. cuda: torch and Triton, any NVIDIA GPU from "
+            "compute capability 8.0. tensorrt, tensorrt-rtx: a TensorRT plan."
+        ),
+    ] = "cpu",
     weights: Annotated[
-        WeightFormat, typer.Option(help="int8: fast and small; float32: exact.")
-    ] = "int8",
+        WeightFormat | None,
+        typer.Option(help=f"Number format of the weights, default first. {_formats()}."),
+    ] = None,
+    capacity: Annotated[
+        int,
+        typer.Option(min=8, help="Tokens of a conversation the model sees: sinks and window."),
+    ] = 512,
+    max_chunk: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of one prefill step. GPUs want more: 256 or 512."),
+    ] = 64,
 ) -> None:
-    """Turn a checkpoint into an engine directory that `sinkserve up --model` can serve."""
+    """Turn a checkpoint into an engine directory that `sinkserve up --model` can serve.
+
+    Llama, Mistral, Qwen2 and Qwen3 decoders; what is not supported is refused by the name of its field.
+    The same files with the same options are not built twice, and another window reuses the weights.
+    An engine for GPUs is served once `sinkserve verify` has passed it, on the machine that serves it.
+    """
     from deployments.local import build as build_command
     from engine_build.build import BuildOptions
 
-    options = BuildOptions(capacity=capacity, max_chunk=max_chunk, weight_format=weights)
+    options = BuildOptions(
+        capacity=capacity, max_chunk=max_chunk, weight_format=weights, target=target
+    )
     raise typer.Exit(build_command.run(source, out, options, CONSOLE))
+
+
+@app.command(
+    epilog=examples(
+        "sinkserve verify ./llama",
+        "sinkserve verify ./llama --model ./Llama-3-8B --layers",
+        "sinkserve verify ./llama --tokens 20000 --text war-and-peace.txt --out report.json",
+    )
+)
+def verify(
+    engine_dir: Annotated[Path, typer.Argument(metavar="ENGINE_DIR", help="What was built.")],
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to run in all. Default: 6 times the capacity.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint that was built: says what rounding its weights costs."),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="That for each layer; needs --model.")
+    ] = False,
+    mistakes: Annotated[
+        bool,
+        typer.Option(
+            "--mistakes/--no-mistakes", help="Look for windows that are wrong by one, too."
+        ),
+    ] = True,
+    capacity: Annotated[
+        int | None, typer.Option(min=8, help="Of the service, if it overrules the engine's.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="What is run. Default: Python's documentation.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of a CPU engine. Default: all cores.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The report, JSON. Default: verify.json in ENGINE_DIR, for the service."),
+    ] = None,
+) -> None:
+    """Run a built engine beside a float reference, on the machine that is to serve it.
+
+    Conversations in chunks of many sizes, side by side, past several windows, one of them restored by a
+    bounded replay; every logit is compared, then the trace of wrong windows is looked for in what is left.
+    The service refuses an engine for GPUs without a report that passed, and any engine with one that
+    failed. Exit status 1 if it fails. The reference runs on the CPU: minutes for large models.
+    """
+    from deployments.local import verify as verify_command
+
+    request = verify_command.VerifyRequest(
+        tokens=tokens,
+        capacity=capacity,
+        threads=threads or os.cpu_count() or 1,
+        model=model,
+        layers=layers,
+        mistakes=mistakes,
+        text=text,
+        out=out,
+    )
+    raise typer.Exit(verify_command.run(engine_dir, request, CONSOLE))
 
 
 @app.command(

@@ -15,7 +15,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.redis_servers import url_problem
+from engine.open_engine import CPU_BUDGET_BYTES
 from engine.sampling import SamplingParams
+from engine_build.spec import EngineSpec
 
 TOY_MODEL = "toy"
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -169,17 +171,29 @@ class ServiceConfig(Tunables):
     cpus_per_replica: float = Field(
         default=0.5, ge=0, le=1024, description="Ray's reservation, not a limit on threads."
     )
-    gpus_per_replica: float = Field(default=0.0, ge=0, le=64)
+    gpus_per_replica: float | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="None: what the engine was built for, one for each rank, none on CPUs.",
+    )
     threads_per_replica: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="Of the CPU engine; None: the machine's cores / replicas.",
+        description="Of the CPU engine, its ranks together; None: the machine's cores / replicas.",
     )
-    memory_budget_bytes: int = Field(
-        default=GIB,
+    memory_budget_bytes: int | None = Field(
+        default=None,
         ge=1024,
-        description="For kv_slots, per replica; sets how many conversations are resident.",
+        description="For kv_slots, per CPU engine or GPU; sets how many conversations are resident. "
+        "None: 1 GiB on a CPU, what is free on a GPU.",
+    )
+    host_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Host memory per replica for conversations that lost their kv_slot: they are copied "
+        "back instead of replayed. For GPUs; 0: none.",
     )
     max_running: int = Field(
         default=16, ge=1, le=1024, description="Turns of a replica that decode in one step."
@@ -310,6 +324,36 @@ class ServiceConfig(Tunables):
         """Threads of one CPU engine where this many replicas share the machine."""
         cores = os.cpu_count() or 1
         return self.threads_per_replica or max(1, cores // max(1, num_replicas))
+
+    @property
+    def cpu_budget_bytes(self) -> int:
+        """`memory_budget_bytes` of an engine on CPUs."""
+        return CPU_BUDGET_BYTES if self.memory_budget_bytes is None else self.memory_budget_bytes
+
+    def gpus_for(self, spec: EngineSpec) -> float:
+        """GPUs of one replica that runs an engine of this spec. Raises ConfigError.
+
+        A replica gets them all as one actor, which Ray places on one node: so does its TP group.
+        """
+        ranks, given = spec.tp_size, self.gpus_per_replica
+        if spec.target == "cpu":
+            if given:
+                raise ConfigError(
+                    [f"gpus_per_replica: {given:g}, but {self.model!r} runs on CPUs. Remove it"]
+                )
+            return 0.0
+        if given is None or given == ranks:
+            return float(ranks)
+        if ranks > 1:
+            problem = f"{given:g}, but {self.model!r} was built for {ranks} ranks, one GPU each"
+            raise ConfigError([f"gpus_per_replica: {problem}. Remove it, or build with --tp"])
+        if not 0 < given < 1:
+            problem = f"{given:g}, but {self.model!r} runs on one GPU"
+            raise ConfigError([f"gpus_per_replica: {problem}. Remove it, or build with --tp"])
+        if self.memory_budget_bytes is None:
+            problem = f"{given:g}: replicas that share a GPU would each take all its free memory"
+            raise ConfigError([f"gpus_per_replica: {problem}. Set memory_budget_bytes"])
+        return given
 
     @property
     def max_ongoing_turns(self) -> int:

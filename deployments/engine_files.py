@@ -13,16 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.gpus import gpu_names, gpus_here
 from deployments.config import TOY_MODEL, ConfigError, ServiceConfig
 from deployments.text import ChatCodec
 from engine.kernels.compile import KernelError, kernel_library
+from engine.open_engine import EngineOptions, open_engine
 from engine.protocol import Engine, Row, StepPlan
 from engine.toy_engine import ToyEngine, ToyText, byte_spec
+from engine.verify_report import NotVerified, Verified, check_verified
 from engine.window import SinkWindow
 from engine_build.build import BuildOptions, no_progress
 from engine_build.demo import DemoModelError, ensure_demo_engine, sinkserve_home
 from engine_build.manifest import ManifestError, load_engine_spec, load_manifest
 from engine_build.spec import EngineSpec, SpecError
+
+_UNUSABLE = (ManifestError, SpecError, DemoModelError, KernelError, NotVerified, OSError)
 
 TOY_STEP_S = 0.002
 TOY_REPLY_TOKENS = 60
@@ -59,10 +64,12 @@ def locate_engine(
             )
             folder = ensure_demo_engine(sinkserve_home(), options, progress)
         spec = load_engine_spec(folder, config.capacity_override)
-        kernel_library(sinkserve_home(), progress)
+        check_verified(folder, spec)
+        if spec.target == "cpu":
+            kernel_library(sinkserve_home(), progress)
         fingerprint = load_manifest(folder).fingerprint(spec)
         return EngineFiles(spec, fingerprint, ChatCodec.load(folder), folder)
-    except (ManifestError, SpecError, DemoModelError, KernelError, OSError) as error:
+    except _UNUSABLE as error:
         raise ConfigError([f"model: {error}"]) from error
 
 
@@ -79,9 +86,13 @@ def warm_up(engine: Engine) -> None:
 
 
 def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Engine:
-    """The engine in this process. Raises ConfigError when the memory budget holds no kv_slot."""
+    """The engine in this process. `threads` are those of all its ranks.
+
+    Raises ConfigError when the memory budget holds no kv_slot, when this machine cannot run the engine, or
+    for an engine for GPUs that was not verified on a machine like this one.
+    """
     if files.folder is None:
-        slots = config.memory_budget_bytes // files.spec.slot_bytes
+        slots = config.cpu_budget_bytes // files.spec.slot_bytes
         if not slots:
             need = files.spec.slot_bytes
             raise ConfigError([f"memory_budget_bytes: below one kv_slot. Use at least {need}"])
@@ -90,15 +101,22 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
             max_resident=min(slots, MAX_TOY_SLOTS),
             text=dataclasses.replace(ToyText(), stop_period=TOY_REPLY_TOKENS),
             step_delay_s=TOY_STEP_S,
+            host_slots=min(config.host_memory_bytes // files.spec.slot_bytes, MAX_TOY_SLOTS),
         )
-    from engine.onnx_engine import OnnxEngine
-
+    spec = files.spec
     try:
-        return OnnxEngine(
+        if spec.target != "cpu":
+            now = Verified.of(files.folder, spec, gpu_names(gpus_here()))
+            check_verified(files.folder, spec, now)
+        return open_engine(
             files.folder,
-            memory_budget_bytes=config.memory_budget_bytes,
-            threads=threads,
-            capacity=files.spec.capacity,
+            EngineOptions(
+                memory_budget_bytes=config.memory_budget_bytes,
+                threads=threads,
+                capacity=spec.capacity,
+                max_running=config.max_running,
+                host_memory_bytes=config.host_memory_bytes,
+            ),
         )
-    except (SpecError, KernelError) as error:
+    except (SpecError, ManifestError, KernelError, NotVerified) as error:
         raise ConfigError([str(error)]) from error

@@ -116,7 +116,7 @@ class OpenTurn:
         head: reply.ReplyHead,
         decoding: Decoding,
         metrics: ServiceMetrics,
-        on_close: Callable[[bool], None],
+        on_close: Callable[[TurnDone | None], None],
     ) -> None:
         self.head = head
         self._items = items
@@ -176,7 +176,7 @@ class OpenTurn:
             self.metrics.turn_ended()
             if self._done is None:
                 self.metrics.turn_abandoned()
-            self._on_close(self._done is not None)
+            self._on_close(self._done)
 
     async def _texts(self) -> AsyncGenerator[str, None]:
         """Pieces of text that the client has not seen, none empty. Sets `_done`."""

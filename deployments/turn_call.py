@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.conversation import Message, TokenIds
+from cluster.conversation import Conversation, Message, TokenIds
 from deployments.errors import ErrorInfo
 from engine.protocol import FinishReason
 from engine.sampling import SamplingParams, TokenLogprob
@@ -112,7 +112,8 @@ class TurnUsage:
 
 @dataclass(frozen=True, slots=True)
 class TurnDone:
-    """Last item of a committed turn. `output_ids` is the reply as committed, without the closing ids."""
+    """Last item of a committed turn. `output_ids` is the reply as committed, without the closing ids;
+    `record` the conversation as this commit left it, None for a commit of earlier."""
 
     turn: int
     head: str
@@ -120,6 +121,7 @@ class TurnDone:
     output_ids: TokenIds
     usage: TurnUsage
     timings: dict[str, float] = field(default_factory=dict)
+    record: Conversation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ whole history, no match, or the match moved on --> new conversation, first turn 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.conversation import GENESIS, Conversation, Message, TokenIds, new_conversation_id
@@ -31,6 +32,7 @@ from deployments.metrics import ServiceMetrics
 from deployments.open_turn import Decoding, OpenTurn, TurnItems
 from deployments.openai_schema import ChatRequest
 from deployments.patient_store import OpeningStore
+from deployments.recent_records import RecentRecords
 from deployments.store_errors import KEY_REUSED, store_errors, turn_conflict_info
 from deployments.turn_call import TurnAccepted, TurnCall, TurnDone
 from deployments.turn_identity import (
@@ -48,6 +50,10 @@ _MAX_REREADS = 3
 # In the middle of a redeployment: the record is of our model, and the replica is not.
 _OTHER_VERSION = ErrorInfo("not_ready", "The service is being updated; try again later.")
 _UNKNOWN_HEAD = ""
+
+
+class _Fork(Exception):
+    """The history cannot be continued where it was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class TurnOpener:
         self._turns = turns
         self._metrics = metrics
         self._records = ConversationRecords(config, store, codec)
+        self._recent = RecentRecords()
 
     async def open(self, request: ChatRequest, tenant: str) -> OpenTurn:
         """Returns once a replica has accepted the turn."""
@@ -124,9 +131,12 @@ class TurnOpener:
     async def _open_named(self, asked: _Asked, conversation_id: str) -> OpenTurn:
         request, rereads = asked.request, 0
         expects = request.expect_turn is not None or request.expect_head is not None
+        recent = None if expects else self._recent.take(asked.tenant, conversation_id)
         while True:
-            async with store_errors(conversation_id):
-                record = await self._store.get(asked.tenant, conversation_id)
+            record = recent
+            if record is None:
+                async with store_errors(conversation_id):
+                    record = await self._store.get(asked.tenant, conversation_id)
             if not asked.retriable:
                 _check_expectations(request, record)
             try:
@@ -136,7 +146,8 @@ class TurnOpener:
                 moved = error.info.code == "turn_conflict" and not expects
                 if not moved or rereads == _MAX_REREADS:
                     raise
-                rereads += 1
+                rereads += recent is None
+                recent = None
 
     async def _open_matched(self, asked: _Asked) -> OpenTurn | None:
         """A turn of the conversation that this history continues; None to start another."""
@@ -145,8 +156,13 @@ class TurnOpener:
         if not replies:
             return None
         known, fresh = messages[: replies[-1] + 1], messages[replies[-1] + 1 :]
+        history = hash_all(GENESIS, known)
+        recent = self._recent.take_history(asked.tenant, history)
+        if recent is not None:
+            with contextlib.suppress(_Fork):
+                return await self._unless_forked(self._continue(asked, recent, fresh))
         async with store_errors():
-            match = await self._store.match_history(asked.tenant, hash_all(GENESIS, known))
+            match = await self._store.match_history(asked.tenant, history)
             if match is None:
                 return None
             try:
@@ -157,15 +173,21 @@ class TurnOpener:
         refused = self._is_old(record) and self._config.on_model_change == "refuse"
         if (moved_on or refused) and not asked.retriable:
             return None
-        try:
+        with contextlib.suppress(_Fork):
             if moved_on:
                 step = await self._as_it_was(record, match, fresh)
-                return await self._run(asked, step)
-            return await self._continue(asked, record, fresh)
+                return await self._unless_forked(self._run(asked, step))
+            return await self._unless_forked(self._continue(asked, record, fresh))
+        return None
+
+    async def _unless_forked(self, opening: Awaitable[OpenTurn]) -> OpenTurn:
+        """Raises _Fork when it turns out that the conversation cannot be continued like this."""
+        try:
+            return await opening
         except ServiceError as error:
             if error.info.code not in _FORK_ON:
                 raise
-            return None
+            raise _Fork from error
 
     async def _as_it_was(
         self, record: Conversation, match: HistoryMatch, fresh: tuple[Message, ...]
@@ -336,9 +358,11 @@ class TurnOpener:
         text = self._codec.text_stream(())
         return "".join([text.push(token_id) for token_id in token_ids]) + text.finish()
 
-    def _on_close(self, asked: _Asked, step: _Step) -> Callable[[bool], None]:
-        def closed(committed: bool) -> None:
-            if step.is_new and not committed and asked.request.when_left == "cancel":
+    def _on_close(self, asked: _Asked, step: _Step) -> Callable[[TurnDone | None], None]:
+        def closed(done: TurnDone | None) -> None:
+            if done is not None and done.record is not None:
+                self._recent.keep(done.record)
+            if step.is_new and done is None and asked.request.when_left == "cancel":
                 self._records.forget(step.record, running_too=not asked.retriable)
 
         return closed

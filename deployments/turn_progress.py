@@ -185,6 +185,7 @@ class Outcome:
             output_ids=self.output_ids,
             usage=self.usage,
             timings={**self.timings, "commit_s": commit_s, "turn_s": turn_s},
+            record=committed,
         )
 
 

@@ -22,6 +22,7 @@ from engine.protocol import EngineDead, Row, RowResult, StepPlan, StepResult
 from engine.sampling import Sampled
 from engine_build.graph import WEIGHTS_FILE
 from engine_build.manifest import SPEC
+from engine_build.shard import rank_folder
 from engine_build.spec import EngineSpec, SpecError
 
 if TYPE_CHECKING:
@@ -57,9 +58,11 @@ class CudaEngine:
         spec = EngineSpec.from_json((engine_dir / SPEC).read_text(encoding="utf-8"))
         spec = spec if capacity is None else dataclasses.replace(spec, capacity=capacity)
         place = _device(device, spec)
-        from engine.cuda_weights import from_file, part_of
+        from engine.cuda_weights import from_file
 
-        source = from_file(engine_dir / WEIGHTS_FILE, spec, part_of(options), place)
+        parallel = options.tensor_parallel
+        folder = rank_folder(engine_dir, parallel.rank if parallel else 0, spec.tp_size)
+        source = from_file(folder / WEIGHTS_FILE, place)
         self._start(spec, source, memory_budget_bytes, place, options)
 
     @classmethod
@@ -110,6 +113,13 @@ class CudaEngine:
     ) -> None:
         from engine.cuda_runtime import CudaRuntime
 
+        ranks = options.tensor_parallel.size if options.tensor_parallel else 1
+        if ranks != spec.tp_size:
+            raise SpecError(
+                "tp_size",
+                f"the engine is cut for {spec.tp_size} ranks, {ranks} run it",
+                f"Start {spec.tp_size} ranks, or build with --tp {ranks}",
+            )
         self._spec, self._options = spec, options
         try:
             self._runtime: CudaRuntime | None = CudaRuntime(
@@ -122,6 +132,7 @@ class CudaEngine:
                 "Free the GPU, lower the budget or max_running, or use more ranks",
             ) from error
         self._max_resident = self._runtime.max_resident
+        self._host_slots = self._runtime.host.num_slots
 
     @property
     def spec(self) -> EngineSpec:
@@ -130,6 +141,11 @@ class CudaEngine:
     @property
     def max_resident(self) -> int:
         return self._max_resident
+
+    @property
+    def host_slots(self) -> int:
+        """See `HasHostSlots`."""
+        return self._host_slots
 
     @property
     def slots(self) -> torch.Tensor:
@@ -145,10 +161,11 @@ class CudaEngine:
     def step(self, plan: StepPlan) -> StepResult:
         """See `Engine.step`. Raises ValueError naming the field of a plan that it cannot run."""
         runtime = self._alive()
-        check_plan(plan, self._spec, self._max_resident)
+        check_plan(plan, self._spec, self._max_resident, self._host_slots)
         check_rings(plan)
         results: list[RowResult] = []
         try:
+            runtime.host.run(plan.copies)
             for rows in _parts(plan.rows, self._options):
                 results += _run(runtime, rows)
         except Exception as error:
@@ -209,6 +226,8 @@ def _parts(rows: Sequence[Row], options: CudaOptions) -> Iterator[tuple[Row, ...
 
 def _run(runtime: CudaRuntime, rows: tuple[Row, ...]) -> list[RowResult]:
     logits, logits_of = runtime.compute(rows)
+    if not runtime.answers:
+        return [RowResult() for _ in rows]
     drawing = [number for number, row in enumerate(rows) if row.sample is not None]
     requests = [row.sample for row in rows if row.sample is not None]
     last = [logits_of[number][1] - 1 for number in drawing]

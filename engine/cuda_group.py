@@ -21,6 +21,7 @@ class RankGroup:
     def __init__(self, parallel: TensorParallel | None, device: torch.device) -> None:
         self.rank = parallel.rank if parallel else 0
         self.size = parallel.size if parallel else 1
+        self._device = device
         if parallel is not None and parallel.size > 1:
             import torch.distributed
 
@@ -36,6 +37,14 @@ class RankGroup:
         """Replace `values` by the sum of all ranks'."""
         if self.size > 1:
             torch.distributed.all_reduce(values)
+
+    def least(self, count: int) -> int:
+        """The smallest of all ranks' numbers."""
+        if self.size == 1:
+            return count
+        number = torch.tensor([count], device=self._device)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MIN)
+        return int(number.item())
 
     def gather(self, values: Tensor) -> Tensor:
         """[n, part] of each rank as [n, size * part], in order of rank."""

@@ -20,7 +20,8 @@ class TensorParallel:
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
     """`max_running` rows decode in one captured graph at most; larger steps run in several parts, as do
-    steps of more than `max_step_tokens` tokens.
+    steps of more than `max_step_tokens` tokens. `host_memory_bytes` of pinned memory are for conversations
+    that lost their kv_slot.
 
     `capture` uses CUDA graphs for decode steps. `overlap` starts each kernel while the one before drains
     (programmatic dependent launch; Hopper and later). `tune` measures at start which kernel serves each
@@ -28,6 +29,7 @@ class CudaOptions:
     """
 
     max_running: int = 64
+    host_memory_bytes: int = 0
     max_step_tokens: int = 8192
     capture: bool = True
     overlap: bool = False

@@ -17,6 +17,7 @@ from engine.cuda_kernels.common import interpreted
 from engine.cuda_linear import LinearLayers
 from engine.cuda_options import CudaOptions
 from engine.cuda_sampling import DeviceSampler
+from engine.cuda_slots import NUM_STAGING, PinnedSlots
 from engine.cuda_step import Layout, PackedStep, pack_decode, pack_mixed
 from engine.cuda_tuning import tune
 from engine.cuda_weights import DTYPES, Source, load_weights, part_of
@@ -61,8 +62,10 @@ class CudaRuntime:
         local = dataclasses.replace(spec, model=model)
         self._device, self._spec, self._options = device, local, options
         weights = load_weights(spec, model, part, source)
-        self.max_resident = _slots_that_fit(local, memory_budget_bytes, device, options)
+        fitting = _slots_that_fit(local, memory_budget_bytes, device, options)
+        self.max_resident = self._group.least(fitting)
         self.slots = _empty_slots(local, self.max_resident, device)
+        self.host = PinnedSlots(self.slots, options.host_memory_bytes // local.slot_bytes)
         self._processors = 1
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -83,6 +86,11 @@ class CudaRuntime:
                 self._graphs = DecodeGraphs(
                     self._decoder, options.buckets(), self._decode_tiling, self._logits
                 )
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's tokens and logits are looked at: the others' would be the same."""
+        return self._group.rank == 0
 
     def compute(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """Run rows: logits float32 [n, vocab], good until the next call; each row's (first, end) there."""
@@ -105,7 +113,7 @@ class CudaRuntime:
             wanted = logits[torch.tensor(rows, device=self._device)]
         self._sampler.prepare(requests)
         self._sampler.run(wanted)
-        return self._sampler.read()
+        return self._sampler.read(wanted)
 
     def to_host(self, logits: Tensor) -> Logits:
         """A copy of the caller's own."""
@@ -115,6 +123,7 @@ class CudaRuntime:
         """Give the memory back and leave the group."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self.host.close()
         self._group.close()
 
     def _launch(self, packed: PackedStep, tiling: Tiling) -> Tensor:
@@ -168,7 +177,8 @@ def _slots_that_fit(
             raise SpecError("memory_budget_bytes", "a CPU has no memory of its own", "Say how much")
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        budget_bytes = max(0, free - reserve_bytes(spec, options))
+        staging = NUM_STAGING * spec.slot_bytes if options.host_memory_bytes else 0
+        budget_bytes = max(0, free - reserve_bytes(spec, options) - staging)
     count = budget_bytes // spec.slot_bytes
     if count < 1:
         raise SpecError(

@@ -15,24 +15,104 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from engine.cuda_kernels.sampling import SamplingBuffers, SamplingSizes, launch_sampling
+from engine.cuda_kernels.sampling_parts import ACTIVE, ADJUSTED, GREEDY, LOGPROBS
 from engine.protocol import SampleRequest
-from engine.sampling import Sampled, sample_rows
+from engine.sampling import (
+    NOT_FINITE,
+    OUTSIDE_VOCABULARY,
+    Sampled,
+    TokenLogprob,
+    repeats,
+    sample_rows,
+)
+
+MAX_VOCAB = 2**18 + 2**17
+"""Weights are integers of up to 2**44, and their sum must be less than 2**63."""
+
+_MASK = 2**64 - 1
+_POOL_PER_ROW = 2048
+
+# One row of `SamplingBuffers.words`; the kernels count its words in sampling_parts.py.
+_REQUEST = np.dtype(
+    [
+        ("top_p", "f8"),
+        ("seed", "u8"),
+        ("turn", "u8"),
+        ("k", "u8"),
+        ("scale", "f4"),
+        ("min_p", "f4"),
+        ("repetition", "f4"),
+        ("frequency", "f4"),
+        ("presence", "f4"),
+        ("flags", "i4"),
+        ("top_k", "i4"),
+        ("num_top", "i4"),
+        ("first", "i4"),
+        ("count", "i4"),
+    ]
+)
+_ENTRY = np.dtype([("token", "i4"), ("times", "i4"), ("dry", "f4"), ("bias", "f4")])
+_Record = tuple[float | int, ...]
+_IDLE: _Record = (1.0, 0, 0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0, 0, 0)
 
 
 class DeviceSampler:
     """Samples up to `max_rows` rows of a vocabulary of `vocab_size` on `device`.
 
-    Raises ValueError for more requests or rows than that, or logits that do not fit.
+    `pool_size` tokens in all can have a penalty or a bias in one step; a row that no longer fits is drawn
+    on the host, by `read`. Raises ValueError for a vocabulary of more than `MAX_VOCAB`, for more
+    requests or rows than `max_rows`, for logits that do not fit.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device | str,
+        *,
+        pool_size: int | None = None,
+        sizes: SamplingSizes | None = None,
+    ) -> None:
+        if not 1 <= vocab_size <= MAX_VOCAB:
+            raise ValueError(f"vocab_size {vocab_size} is not in 1..{MAX_VOCAB}")
         self._max_rows = max_rows
         self._vocab_size = vocab_size
-        self._device = torch.device(device)
+        if pool_size is None:
+            pool_size = max_rows * min(vocab_size, _POOL_PER_ROW)
+        device = torch.device(device)
+        sizes = sizes or SamplingSizes.for_vocab(vocab_size)
+        self._buffers = SamplingBuffers(max_rows, vocab_size, pool_size, device, sizes)
+        self._rows = _Staged(self._buffers.words)
+        self._pool = _Staged(self._buffers.pool)
+        self._rows.host.view(_REQUEST)[:] = _IDLE
+        self._out = [
+            _Staged(result)
+            for result in (
+                self._buffers.tokens,
+                self._buffers.logprobs,
+                self._buffers.top_ids,
+                self._buffers.top_logprobs,
+            )
+        ]
         self._requests: tuple[SampleRequest, ...] = ()
-        self._logits = torch.empty((0, vocab_size), device=self._device)
+        self._logits = torch.empty((0, vocab_size), device=device)
+        self._on_host: list[int] = []
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held, in bytes."""
+        return self._buffers.nbytes
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Of the last `run`, on the device: int32 [max_rows], -1 where there is none."""
+        return self._buffers.tokens
 
     def prepare(self, requests: Sequence[SampleRequest]) -> None:
         """Say what rows 0 .. len(requests) - 1 of the next `run` are to draw.
@@ -41,7 +121,30 @@ class DeviceSampler:
         """
         if len(requests) > self._max_rows:
             raise ValueError(f"{len(requests)} requests, max_rows is {self._max_rows}")
+        if self._copied is not None:
+            # The copies of the last `prepare` read the same pinned memory.
+            self._copied.synchronize()
         self._requests = tuple(requests)
+        self._on_host = []
+        records, used = list[_Record](), 0
+        pool = self._pool.host.view(_ENTRY)[:, 0]
+        for number, request in enumerate(requests):
+            entries = _adjustments(request, self._vocab_size)
+            if used + len(entries) > len(pool):
+                self._on_host.append(number)
+                records.append(_IDLE)
+                continue
+            pool[used : used + len(entries)] = entries
+            records.append(_record(request, self._vocab_size, used, len(entries)))
+            used += len(entries)
+        rows = self._rows.host.view(_REQUEST)[:, 0]
+        rows[len(records) :] = _IDLE
+        rows[: len(records)] = records
+        self._rows.upload(self._max_rows)
+        if used:
+            self._pool.upload(used)
+        if self._copied is not None:
+            self._copied.record()
 
     def run(self, logits: torch.Tensor) -> None:
         """Draw a token from each row of `logits`, float32, float16 or bfloat16 [rows, vocab_size],
@@ -51,11 +154,122 @@ class DeviceSampler:
         if logits.shape[0] > self._max_rows:
             raise ValueError(f"{logits.shape[0]} rows of logits, max_rows is {self._max_rows}")
         self._logits = logits
+        launch_sampling(self._buffers, logits)
 
-    def read(self) -> list[Sampled]:
+    def read(self, logits: torch.Tensor | None = None) -> list[Sampled]:
         """Wait for the last `run`: one result per request of the last `prepare`, in its order.
 
+        Where a graph replayed that run, `logits` are what it ran on; else the last ones are known.
         A row whose logits are not finite, or whose logit_bias names no token, says so in `failed`.
         """
-        logits = self._logits[: len(self._requests)].float().cpu().numpy()
-        return sample_rows(logits, self._requests)
+        count = len(self._requests)
+        told = any(request.params.logprobs for request in self._requests)
+        for result in self._out if told else self._out[:1]:
+            result.download(count)
+        rows = list[Sampled]()
+        if self._copied is not None:
+            self._copied.record()
+            self._copied.synchronize()
+        for number, request in enumerate(self._requests):
+            token = int(self._out[0].host[number])
+            if token < 0:
+                rows.append(Sampled(None, failed=NOT_FINITE))
+            elif _names_no_token(request, self._vocab_size):
+                rows.append(Sampled(None, failed=OUTSIDE_VOCABULARY))
+            elif request.params.logprobs:
+                rows.append(self._with_logprobs(number, token, request.params.top_logprobs))
+            else:
+                rows.append(Sampled(token))
+        logits = self._logits if logits is None else logits
+        for number in self._on_host:
+            row = logits[number : number + 1].float().cpu().numpy()
+            (rows[number],) = sample_rows(row, [self._requests[number]])
+        return rows
+
+    def _with_logprobs(self, number: int, token: int, num_top: int) -> Sampled:
+        _, logprobs, top_ids, top_logprobs = (result.host for result in self._out)
+        num_top = min(num_top, self._vocab_size)
+        ids, values = top_ids[number, :num_top].tolist(), top_logprobs[number, :num_top].tolist()
+        top = tuple(TokenLogprob(*entry) for entry in zip(ids, values, strict=True))
+        return Sampled(token, TokenLogprob(token, float(logprobs[number])), top)
+
+
+class _Staged:
+    """A device tensor and its twin in the host's memory (pinned, where that means something)."""
+
+    def __init__(self, device: torch.Tensor) -> None:
+        self._device = device
+        pinned = device.device.type == "cuda"
+        self._pinned = torch.zeros(device.shape, dtype=device.dtype, pin_memory=pinned)
+        self.host: npt.NDArray[np.generic] = self._pinned.numpy()
+
+    def upload(self, count: int) -> None:
+        self._device[:count].copy_(self._pinned[:count], non_blocking=True)
+
+    def download(self, count: int) -> None:
+        self._pinned[:count].copy_(self._device[:count], non_blocking=True)
+
+
+def _record(request: SampleRequest, vocab_size: int, first: int, count: int) -> _Record:
+    """One `_REQUEST`."""
+    params = request.params
+    flags = ACTIVE.value
+    flags |= GREEDY.value if params.greedy else 0
+    flags |= ADJUSTED.value if count else 0
+    flags |= LOGPROBS.value if params.logprobs else 0
+    return (
+        params.top_p,
+        params.seed & _MASK,
+        request.turn & _MASK,
+        request.k & _MASK,
+        1.0 if params.greedy else 1.0 / params.temperature,
+        params.min_p,
+        params.repetition_penalty,
+        params.frequency_penalty,
+        params.presence_penalty,
+        flags,
+        params.top_k if params.top_k < vocab_size else 0,
+        min(params.top_logprobs, vocab_size),
+        first,
+        count,
+    )
+
+
+def _names_no_token(request: SampleRequest, vocab_size: int) -> bool:
+    return any(token >= vocab_size for token, _ in request.params.logit_bias)
+
+
+def _adjustments(request: SampleRequest, vocab_size: int) -> npt.NDArray[np.void]:
+    """The tokens whose scores are not the model's, as `_ENTRY`, each once."""
+    params, history = request.params, request.history
+    if not params.changes_logits or _names_no_token(request, vocab_size):
+        return np.zeros(0, _ENTRY)
+    penalised = (
+        params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+    )
+    tokens, times = np.unique(history if penalised else history[:0], return_counts=True)
+    dry, bias = dict[int, np.float32](), dict[int, np.float32]()
+    if params.dry_multiplier != 0.0:
+        next_tokens, lengths = repeats(history, request.k, params.dry_allowed_length)
+        excess = (lengths - params.dry_allowed_length).astype(np.float32)
+        amounts = np.float32(params.dry_multiplier) * np.float32(params.dry_base) ** excess
+        # Shortest first: of a token that occurs several times the longest repeat counts.
+        dry = dict(zip(next_tokens.tolist(), amounts, strict=True))
+    for token, shift in params.logit_bias:
+        bias[token] = bias.get(token, np.float32(0)) + np.float32(shift)
+    others = (
+        np.array(sorted({*dry, *bias} - set(tokens.tolist())), np.int32)
+        if dry or bias
+        else tokens[:0]
+    )
+    entries = np.zeros(len(tokens) + len(others), _ENTRY)
+    entries["token"] = np.concatenate([tokens, others])
+    entries["times"][: len(tokens)] = times
+    if dry or bias:
+        place = {token: number for number, token in enumerate(entries["token"].tolist())}
+        for name, amounts_of in (("dry", dry), ("bias", bias)):
+            for token, amount in amounts_of.items():
+                entries[name][place[token]] = amount
+    return entries

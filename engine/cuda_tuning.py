@@ -40,7 +40,8 @@ def candidates(weights: Weights, tokens: int) -> Iterator[Choice]:
     for outputs in (64, 128) if wide else (16, 32, 64):
         if weights.gated and outputs * bucket_of(tokens) > 64 * 128:
             continue
-        for inputs, stages in ((64, 3), (64, 4)) if wide else ((128, 3), (128, 4), (256, 3)):
+        deep = () if weights.gated else ((256, 3),)
+        for inputs, stages in ((64, 3), (64, 4)) if wide else ((128, 3), (128, 4), *deep):
             yield Choice("tile", Blocks(outputs, inputs, 8 if wide else 4, stages))
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from engine.cuda_kernels.rotate import HeadNorms
 from engine.cuda_options import CudaOptions
 from engine_build.lowering_cpu import LEVELS, SCALES
 from engine_build.lowering_cuda import LARGEST_FLOAT8, is_float8
-from engine_build.shard import rank_weights, shard_values, whole_weights
+from engine_build.shard import rank_weights
 from engine_build.spec import EngineSpec, KvDtype, ModelShape, SpecError
 from engine_build.weights import MergedWeight, read_weight_file
 
@@ -74,29 +73,22 @@ def part_of(options: CudaOptions) -> Part:
     return Part() if parallel is None else Part(parallel.rank, parallel.size)
 
 
-def from_file(file: Path, spec: EngineSpec, part: Part, device: torch.device) -> Source:
-    """The weights of an engine directory; a rank cuts its part out of each."""
+def from_file(file: Path, device: torch.device) -> Source:
+    """The weights of one rank's folder of an engine directory."""
     stored = read_weight_file(file)
-    whole = {weight.name: weight for weight in whole_weights(spec.model, part.size)}
 
-    def cut(weight: MergedWeight, values: npt.NDArray[np.float32]) -> Tensor:
-        mine = shard_values(weight, values, spec.model, part.rank, part.size)
+    def tensor(name: str) -> Tensor:
+        if name not in stored:
+            raise SpecError(name, "is not in weights.safetensors", "Build the engine again")
         # NumPy's own types only: torch does not know ml_dtypes.
-        bits = torch.from_numpy(np.ascontiguousarray(mine).view(f"u{mine.dtype.itemsize}").copy())
-        return bits.to(device).view(_TORCH_TYPES[mine.dtype.name])
+        values = stored[name]
+        bits = torch.from_numpy(np.array(values.view(f"u{values.dtype.itemsize}")))
+        return bits.to(device).view(_TORCH_TYPES[values.dtype.name])
 
     def load(weight: MergedWeight) -> Stored:
-        original = whole[weight.name]
-        # A head tied to the embedding is a weight of its own on ranks, and the same on disk.
-        name = "embed" if weight.name == "head" and "head" not in stored else weight.name
-        if name in stored:
-            return Stored(cut(original, stored[name]))
-        if name + LEVELS not in stored:
-            raise SpecError(name, "is not in weights.safetensors", "Build the engine again")
-        scales = stored[name + SCALES]
-        columns = original.name.endswith((".output", ".down"))
-        scale = torch.from_numpy(scales.copy()).to(device) if columns else cut(original, scales)
-        return Stored(cut(original, stored[name + LEVELS]), scale)
+        if weight.name + LEVELS in stored:
+            return Stored(tensor(weight.name + LEVELS), tensor(weight.name + SCALES))
+        return Stored(tensor(weight.name))
 
     return load
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from engine.collective import Reducer
+from engine.host_slots import HostSlots
+from engine.protocol import SlotCopy
 from engine.step_inputs import StepInputs
-from engine_build.graph import LOGIT_ROWS, LOGITS, TOKEN_IDS
-from engine_build.lowering_cpu import ANGLES, CACHE, ROWS
+from engine_build.graph import LOGIT_ROWS, LOGITS
+from engine_build.lowering_cpu import ANGLES, CACHE, REDUCER, ROWS, TOKEN_IDS
+from engine_build.shard import head_rows, shard_shape
 from engine_build.spec import EngineSpec
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 _CACHE_LINE = 64
+
+AllReduce = Callable[[Floats], None]
+"""Replaces float32 values by their sum over all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,36 +57,61 @@ class SessionOptions:
 class GraphRun:
     """A loaded graph and its kv_slots, uint8 [layers, kv_slots, 2 * kv_heads, head_bytes].
 
-    Memory is bound by address and written in place: nothing here copies a cache. Pages are touched
+    `all_reduce` is what the graph of a tensor-parallel rank calls, and needs.
+
+    Memory is bound by address and written in place: no step copies a cache. Pages are touched
     when first used.
     """
 
     def __init__(
-        self, graph: Path, spec: EngineSpec, num_slots: int, options: SessionOptions
+        self,
+        graph: Path,
+        spec: EngineSpec,
+        num_slots: int,
+        options: SessionOptions,
+        all_reduce: AllReduce | None = None,
+        num_host_slots: int = 0,
     ) -> None:
-        model = spec.model
+        model = shard_shape(spec.model, spec.tp_size)
         self._session = options.open(graph)
-        self._vocab_size = model.vocab_size
+        self._num_logits = head_rows(spec.model, spec.tp_size)
         self._cache = _zeros((model.num_layers, num_slots, 2 * model.num_kv_heads, spec.head_bytes))
-        self._logits: Floats = np.empty((0, model.vocab_size), dtype=np.float32)
+        self._host = HostSlots(self._cache.swapaxes(0, 1), num_host_slots)
+        self._logits: Floats = np.empty((0, self._num_logits), dtype=np.float32)
+        self._reducer = None if all_reduce is None else Reducer(all_reduce)
+
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> None:
+        """Whole kv_slots to host slots and back, in order."""
+        self._host.run(copies)
 
     def execute(self, inputs: StepInputs) -> Floats:
-        """Run a step; logits [len(logit_rows), vocab], valid until the next run."""
+        """Run a step; logits [len(logit_rows), vocab / tp_size], valid until the next run.
+
+        Raises what the all-reduce raised.
+        """
         count = len(inputs.logit_rows)
         if count > len(self._logits):
-            self._logits = np.empty((count, self._vocab_size), dtype=np.float32)
+            self._logits = np.empty((count, self._num_logits), dtype=np.float32)
         logits = self._logits[:count]
         binding = self._session.io_binding()
-        for name, array in (
+        arrays: list[tuple[str, npt.NDArray[Any]]] = [
             (TOKEN_IDS, inputs.token_ids),
             (LOGIT_ROWS, inputs.logit_rows),
             (ANGLES, inputs.angles),
             (ROWS, inputs.rows),
             (CACHE, self._cache),
-        ):
+        ]
+        if self._reducer is not None:
+            arrays.append((REDUCER, self._reducer.address))
+        for name, array in arrays:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         binding.bind_output(LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception:
+            if self._reducer is not None and self._reducer.failed is not None:
+                raise self._reducer.failed from None
+            raise
         return logits
 
     def close(self) -> None:

@@ -30,14 +30,14 @@ from engine.loop_types import (
 from engine.protocol import (
     Engine,
     FinishReason,
-    Row,
     RowResult,
+    SlotCopy,
     StepPlan,
     StepResult,
-    TurnFailed,
+    num_host_slots,
 )
 from engine.residency import Lease, Residency
-from engine.running_turn import OnEvent, RunningTurn, check_request, checked_counts
+from engine.running_turn import OnEvent, RunningTurn, check_request, checked_counts, run_plan
 from engine.scheduler import Scheduler, SchedulerConfig, Share
 from engine.turn import TokenSampled, TurnEnded, TurnError, TurnEvent, TurnRequest, TurnStarted
 
@@ -68,7 +68,9 @@ class EngineLoop:
                 max_chunk=max_chunk,
             )
         )
-        self._residency = Residency(engine.max_resident)
+        self._residency = Residency(engine.max_resident, num_host_slots(engine))
+        # In order, for the next step that has rows: nothing overwrites a slot in between.
+        self._copies: list[SlotCopy] = []
         self._clock = clock
         self._waiting: deque[RunningTurn] = deque()
         self._running: dict[int, RunningTurn] = {}
@@ -78,7 +80,6 @@ class EngineLoop:
         self._num_steps = 0
         self._prefilled_tokens = 0
         self._generated_tokens = 0
-        self._evicted_slots = 0
         self._step_began_s: float | None = None
         self._stopping: Literal["no", "drain", "now"] = "no"
         self._dead: str | None = None
@@ -161,7 +162,10 @@ class EngineLoop:
                 num_steps=self._num_steps,
                 prefilled_tokens=self._prefilled_tokens,
                 generated_tokens=self._generated_tokens,
-                evicted_slots=self._evicted_slots,
+                evicted_slots=self._residency.num_evicted,
+                host_slots=self._residency.num_host_slots,
+                host_slots_used=self._residency.num_host_used,
+                host_hits=self._residency.num_host_hits,
                 step_running_s=0.0 if began_s is None else self._clock() - began_s,
                 dead=self._dead,
                 residents=self._residency.residents(max_residents),
@@ -206,37 +210,28 @@ class EngineLoop:
     def _turn_the_crank(self) -> bool:
         """One step; waits while there is nothing to do. False once the loop is to end."""
         with self._lock:
-            rows, batch = self._schedule()
-            while not rows and not self._outbox:
+            plan, batch = self._schedule()
+            while not plan.rows and not self._outbox:
                 if self._stopping == "now" or (
                     self._stopping == "drain" and not self._turns_left()
                 ):
                     return False
                 self._wake.wait()
-                rows, batch = self._schedule()
+                plan, batch = self._schedule()
             if self._stopping == "now":
                 return False
-            self._step_began_s = self._clock() if rows else None
+            self._step_began_s = self._clock() if plan.rows else None
         self._emit()
-        if rows:
-            result = self._step(StepPlan(rows))
+        if plan.rows:
+            result = run_plan(self._engine, plan)
             with self._lock:
                 self._step_began_s = None
-                self._apply(rows, batch, result)
+                self._apply(plan, batch, result)
             self._emit()
         return True
 
     def _turns_left(self) -> bool:
         return bool(self._running or self._waiting)
-
-    def _step(self, plan: StepPlan) -> StepResult:
-        try:
-            result = self._engine.step(plan)
-        except TurnFailed as error:
-            return StepResult(tuple(RowResult(failed=str(error)) for _ in plan.rows))
-        if len(result.rows) != len(plan.rows):
-            raise RuntimeError("the engine returned another number of rows than planned")
-        return result
 
     def _emit(self) -> None:
         """Deliver the outbox. Only this thread fills and empties it."""
@@ -288,7 +283,7 @@ class EngineLoop:
                 self._residency.discard(conversation_id)
         self._wake.notify_all()
 
-    def _schedule(self) -> tuple[tuple[Row, ...], list[tuple[RunningTurn, Share]]]:
+    def _schedule(self) -> tuple[StepPlan, list[tuple[RunningTurn, Share]]]:
         """Drop cancelled turns, start waiting ones, lay out the next step."""
         for turn in [turn for turn in self._running.values() if turn.cancelled]:
             self._end(turn, "cancelled")
@@ -308,10 +303,14 @@ class EngineLoop:
             if lease is None:
                 break
             self._waiting.popleft()
-            self._evicted_slots += lease.evicted is not None
+            self._copies += lease.copies
             self._start(turn, lease)
         batch = [(self._running[share.turn], share) for share in self._scheduler.schedule()]
-        return tuple(turn.row(share) for turn, share in batch), batch
+        if not batch:
+            return StepPlan(()), []
+        plan = StepPlan(tuple(turn.row(share) for turn, share in batch), tuple(self._copies))
+        self._copies.clear()
+        return plan, batch
 
     def _start(self, turn: RunningTurn, lease: Lease) -> None:
         request = turn.request
@@ -337,10 +336,10 @@ class EngineLoop:
         self._outbox.append((turn, TurnStarted(prefill.recovery, cached, sum(counts))))
 
     def _apply(
-        self, rows: tuple[Row, ...], batch: list[tuple[RunningTurn, Share]], result: StepResult
+        self, plan: StepPlan, batch: list[tuple[RunningTurn, Share]], result: StepResult
     ) -> None:
         self._num_steps += 1
-        for row, (turn, share), row_result in zip(rows, batch, result.rows, strict=True):
+        for row, (turn, share), row_result in zip(plan.rows, batch, result.rows, strict=True):
             if share.segment >= 0:
                 self._prefilled_tokens += share.count
             turn.length = row.start + share.count

@@ -46,6 +46,7 @@ class LoopStats:
 
     `step_running_s` is the age of the step that runs now, 0 between steps; `dead` says why the loop
     is dead, None while it lives. `residents` are clean slots, latest use first, of limited number.
+    `host_hits` conversations came back from host memory, where `host_slots_used` are kept now.
     """
 
     running: int
@@ -58,6 +59,9 @@ class LoopStats:
     prefilled_tokens: int
     generated_tokens: int
     evicted_slots: int
+    host_slots: int
+    host_slots_used: int
+    host_hits: int
     step_running_s: float
     dead: str | None
     residents: tuple[Resident, ...]

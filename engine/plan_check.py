@@ -9,8 +9,17 @@ MAX_TOKEN_INDEX = 2**40
 """Far beyond any conversation, and float64 angles are still good to 1e-4 there."""
 
 
-def check_plan(plan: StepPlan, spec: EngineSpec, max_resident: int) -> None:
-    """Raises ValueError naming the field of the first row that the engine cannot run."""
+def check_plan(plan: StepPlan, spec: EngineSpec, max_resident: int, host_slots: int = 0) -> None:
+    """Raises ValueError naming the field of the first copy or row that the engine cannot run."""
+    for number, copy in enumerate(plan.copies):
+        if not 0 <= copy.kv_slot < max_resident:
+            raise ValueError(
+                f"copies[{number}].kv_slot: {copy.kv_slot} is not in 0..{max_resident - 1}"
+            )
+        if not 0 <= copy.host_slot < host_slots:
+            raise ValueError(
+                f"copies[{number}].host_slot: {copy.host_slot}, there are {host_slots} host slots"
+            )
     seen: set[int] = set()
     for number, row in enumerate(plan.rows):
         problem = _problem(row, spec, max_resident)

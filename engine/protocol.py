@@ -8,7 +8,7 @@ the same thing, on every rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +64,23 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotCopy:
+    """Copy a whole kv_slot to a host slot ("save"), or back into a kv_slot, any ("restore")."""
+
+    direction: Literal["save", "restore"]
+    kv_slot: int
+    host_slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Rows of different kv_slots: prefill chunks of at most `max_chunk` tokens and decode steps, mixed."""
+    """Rows of different kv_slots: prefill chunks of at most `max_chunk` tokens and decode steps, mixed.
+
+    `copies` have their effect before any row, one after another, also where every row fails.
+    """
 
     rows: tuple[Row, ...]
+    copies: tuple[SlotCopy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +126,18 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free memory; idempotent."""
         ...
+
+
+@runtime_checkable
+class HasHostSlots(Protocol):
+    """An engine that runs `StepPlan.copies`. Others refuse a plan that has any."""
+
+    @property
+    def host_slots(self) -> int:
+        """Number of host slots: valid ids are 0 .. host_slots - 1."""
+        ...
+
+
+def num_host_slots(engine: Engine) -> int:
+    """0 for an engine that has none."""
+    return engine.host_slots if isinstance(engine, HasHostSlots) else 0

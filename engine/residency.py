@@ -5,7 +5,8 @@
       +----- discard -----+                   +---acquire by another: evicted, oldest use first
 
 A dirty slot belongs to a turn that runs or waits for its commit: it is never evicted. A clean slot is
-valid for the one head (hash of the conversation) under which it was settled.
+valid for the one head (hash of the conversation) under which it was settled. With a host tier an evicted
+conversation is kept in host memory: a lease then says what to copy, in order, before the slot is used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+from engine.host_tier import HostTier, SlotContent
+from engine.protocol import SlotCopy
 from engine.window import SinkWindow
 
 
@@ -20,13 +23,14 @@ from engine.window import SinkWindow
 class Lease:
     """A slot for a turn. `resident_length` tokens in it are valid; None means none are (cold).
 
-    `evicted` is the conversation that lost the slot, if one did.
+    `evicted` is the conversation that lost the slot, if one did. They are there once `copies` are made.
     """
 
     kv_slot: int
     resident_length: int | None
     window_start: int
     evicted: str | None = None
+    copies: tuple[SlotCopy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,20 @@ class _Slot:
 
 
 class Residency:
-    """Slots are 0 .. `num_slots` - 1. Methods that name a conversation raise KeyError if it has no
-    dirty slot, unless they say otherwise."""
+    """Slots are 0 .. `num_slots` - 1, host slots 0 .. `num_host_slots` - 1. Methods that name a
+    conversation raise KeyError if it has no dirty slot, unless they say otherwise.
 
-    def __init__(self, num_slots: int) -> None:
+    `num_evicted` conversations lost their slot so far, `num_host_hits` came back from host memory.
+    """
+
+    def __init__(self, num_slots: int, num_host_slots: int = 0) -> None:
         if num_slots < 1:
             raise ValueError("num_slots must be at least 1")
         self._num_slots = num_slots
+        self._num_host_slots = num_host_slots
+        self._host = HostTier(num_host_slots)
+        self.num_evicted = 0
+        self.num_host_hits = 0
         self._free = list(range(num_slots - 1, -1, -1))
         self._dirty: dict[str, _Slot] = {}
         # Oldest use first: a settled slot is inserted at the end.
@@ -79,6 +90,14 @@ class Residency:
     @property
     def num_dirty(self) -> int:
         return len(self._dirty)
+
+    @property
+    def num_host_slots(self) -> int:
+        return self._num_host_slots
+
+    @property
+    def num_host_used(self) -> int:
+        return self._host.num_used
 
     def is_dirty(self, conversation_id: str) -> bool:
         return conversation_id in self._dirty
@@ -110,16 +129,32 @@ class Residency:
             self._dirty[conversation_id] = own
             return Lease(own.kv_slot, own.length if valid else None, own.window_start)
         evicted: str | None = None
+        copies: tuple[SlotCopy, ...] = ()
         if self._free:
             kv_slot = self._free.pop()
         elif self._clean:
             oldest = next(iter(self._clean))
             evicted = next((name for name in self._clean if name not in expected), oldest)
-            kv_slot = self._clean.pop(evicted).kv_slot
+            loser = self._clean.pop(evicted)
+            kv_slot = loser.kv_slot
+            self.num_evicted += 1
+            content = SlotContent(loser.head, loser.window, loser.length, loser.window_start)
+            # Before what is kept of the new owner is given up: it must not be overwritten.
+            host_slot = self._host.save(evicted, content, keep=conversation_id)
+            if host_slot is not None:
+                copies = (SlotCopy("save", kv_slot, host_slot),)
         else:
             return None
-        self._dirty[conversation_id] = _Slot(kv_slot, window, head, 0, 0)
-        return Lease(kv_slot, None, 0, evicted)
+        kept = self._host.take(conversation_id, head, window)
+        if kept is None:
+            self._dirty[conversation_id] = _Slot(kv_slot, window, head, 0, 0)
+            return Lease(kv_slot, None, 0, evicted, copies)
+        self.num_host_hits += 1
+        host_slot, content = kept
+        copies = (*copies, SlotCopy("restore", kv_slot, host_slot))
+        slot = _Slot(kv_slot, window, head, content.length, content.window_start)
+        self._dirty[conversation_id] = slot
+        return Lease(kv_slot, slot.length, slot.window_start, evicted, copies)
 
     def begin(self, conversation_id: str, start: int, window_start: int, base_length: int) -> int:
         """A turn of a conversation of `base_length` committed tokens prefills from `start` on.
@@ -177,3 +212,6 @@ class Residency:
             raise RuntimeError("a conversation has two slots")
         if any(slot.length < 1 for slot in self._clean.values()):
             raise RuntimeError("a clean slot is empty")
+        self._host.check_integrity()
+        if any(name in self._host for name in (*self._dirty, *self._clean)):
+            raise RuntimeError("a conversation is both resident and in host memory")

@@ -8,7 +8,16 @@ from typing import Literal
 
 import numpy as np
 
-from engine.protocol import Row, SampleRequest, TokenIds
+from engine.protocol import (
+    Engine,
+    Row,
+    RowResult,
+    SampleRequest,
+    StepPlan,
+    StepResult,
+    TokenIds,
+    TurnFailed,
+)
 from engine.scheduler import Share
 from engine.turn import Prefill, Segment, TurnEvent, TurnRequest
 from engine_build.spec import EngineSpec
@@ -87,6 +96,17 @@ class RunningTurn:
                 timings["ttft_s"] = self.first_token_s - self.submitted_s
                 timings["decode_s"] = now_s - self.first_token_s
         return timings
+
+
+def run_plan(engine: Engine, plan: StepPlan) -> StepResult:
+    """A step; where the engine raises TurnFailed each row says so. Raises what ends the engine."""
+    try:
+        result = engine.step(plan)
+    except TurnFailed as error:
+        return StepResult(tuple(RowResult(failed=str(error)) for _ in plan.rows))
+    if len(result.rows) != len(plan.rows):
+        raise RuntimeError("the engine returned another number of rows than planned")
+    return result
 
 
 def check_request(request: TurnRequest, spec: EngineSpec) -> None:

@@ -43,6 +43,9 @@ MAX_TOP_LOGPROBS = 20
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks; OpenAI's value."""
 
+NOT_FINITE = "the model's logits are not finite"
+OUTSIDE_VOCABULARY = "logit_bias names a token id outside the vocabulary"
+
 _GROUPS = 1024
 _LONGEST_REPEAT = 32
 _LIKELY = 1e-3
@@ -145,9 +148,9 @@ def _sample(raw: Floats, request: SampleRequest) -> Sampled:
     params = request.params
     likeliest = int(raw.argmax())
     if not math.isfinite(raw[likeliest]):
-        return Sampled(None, failed="the model's logits are not finite")
+        return Sampled(None, failed=NOT_FINITE)
     if any(token >= len(raw) for token, _ in params.logit_bias):
-        return Sampled(None, failed="logit_bias names a token id outside the vocabulary")
+        return Sampled(None, failed=OUTSIDE_VOCABULARY)
     scores = _adjust(raw, request) if params.changes_logits else raw
     if params.greedy:
         token = likeliest if scores is raw else int(scores.argmax())

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from engine.host_slots import HostSlots
 from engine.plan_check import check_plan
 from engine.protocol import (
     EngineDead,
@@ -138,12 +139,15 @@ class ToyEngine:
         text: ToyText | None = None,
         step_delay_s: float = 0.0,
         salt: str = "",
+        host_slots: int = 0,
     ) -> None:
         self._spec = spec or byte_spec()
         self._step_delay_s = step_delay_s
         self.model = ToyModel(self._spec.model.vocab_size, text or ToyText(), salt)
         # The hash of the pair in each place; 0 where nothing was written yet.
         self._places = np.zeros((max_resident, self._spec.slot_tokens), dtype=np.uint64)
+        self._host = HostSlots(self._places, host_slots)
+        self._host_slots = host_slots
         self._closed = False
 
     @property
@@ -154,12 +158,17 @@ class ToyEngine:
     def max_resident(self) -> int:
         return len(self._places)
 
+    @property
+    def host_slots(self) -> int:
+        return self._host_slots
+
     def step(self, plan: StepPlan) -> StepResult:
         if self._closed:
             raise EngineDead("the engine is closed")
-        check_plan(plan, self._spec, self.max_resident)
+        check_plan(plan, self._spec, self.max_resident, self._host_slots)
         if any(row.window.capacity != self._spec.capacity for row in plan.rows):
             raise ValueError("a row's window is not of the engine's capacity")
+        self._host.run(plan.copies)
         if self._step_delay_s:
             time.sleep(self._step_delay_s)
         return StepResult(tuple(self._run(row) for row in plan.rows))

@@ -1,7 +1,7 @@
 """The one entry point of a build: a model becomes an engine directory.
 
-Steps: checkpoint -> text files -> graph and weights -> spec -> manifest. They run in a folder beside
-the target, which takes the target's name only when it is whole.
+Steps: checkpoint -> text files -> graph and weights -> plan (for TensorRT) -> spec -> manifest. They run
+in a folder beside the target, which takes the target's name only when it is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from engine_build.chat_template import derive_chat_pieces
 from engine_build.checkpoint import read_checkpoint
 from engine_build.files import locked, sha256_of, sync
-from engine_build.graph import export_graph
+from engine_build.graph import GRAPH_FILE, export_graph
+from engine_build.libraries import missing_library
 from engine_build.manifest import (
     CHAT,
     MANIFEST,
@@ -33,10 +34,26 @@ from engine_build.manifest import (
     load_manifest,
     write_manifest,
 )
-from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat, kv_dtype_for
+from engine_build.plan import (
+    PLAN_FILE,
+    PLAN_TARGETS,
+    PlanOptions,
+    build_plan,
+    check_library,
+)
+from engine_build.shard import check_tp_size, rank_folder
+from engine_build.spec import (
+    TARGET_FORMATS,
+    EngineSpec,
+    SpecError,
+    Target,
+    WeightFormat,
+    kv_dtype_for,
+)
 from engine_build.tensors import Checkpoint
 
 LOCK = ".sinkserve-build.lock"
+TIMING_CACHE = ".sinkserve-timing.cache"
 SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors")
 
 Progress = Callable[[str, float], None]
@@ -45,12 +62,25 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build."""
+    """How to build. Another `capacity` or `max_chunk` reuses the weights of an earlier build, unless a plan
+    holds them.
+
+    `tp_size` tensor-parallel ranks share each step; each has graph and weights of its own, in `rank0`, ...
+    `weight_format` None is what suits the target (`stored_format`). `compute_capabilities` such as ("8.9",)
+    are those that a TensorRT-RTX plan is for; none: its own choice.
+    """
 
     capacity: int = 512
     max_chunk: int = 64
-    weight_format: WeightFormat = "int8"
+    weight_format: WeightFormat | None = None
     target: Target = "cpu"
+    tp_size: int = 1
+    compute_capabilities: tuple[str, ...] = ()
+
+    @property
+    def stored_format(self) -> WeightFormat:
+        """The weights' format: the one asked for, else the target's first."""
+        return self.weight_format or TARGET_FORMATS[self.target][0]
 
 
 DEFAULT_OPTIONS = BuildOptions()
@@ -102,24 +132,43 @@ def _convert(
     source: Path, options: BuildOptions, folder: Path, progress: Progress
 ) -> tuple[EngineSpec, ModelCard]:
     """Write text files, graph and weights of the model at `source`; its card lacks the build key."""
+    if options.target in PLAN_TARGETS:
+        check_library(options.target)
     checkpoint = read_checkpoint(source)
     check_capacity(options.capacity, checkpoint.trained_tokens)
     spec = EngineSpec(
         model=checkpoint.shape,
         capacity=options.capacity,
         max_chunk=options.max_chunk,
-        weight_format=options.weight_format,
-        kv_dtype=kv_dtype_for(options.weight_format),
+        weight_format=options.stored_format,
+        kv_dtype=kv_dtype_for(options.stored_format),
         target=options.target,
+        tp_size=options.tp_size,
     )
+    check_tp_size(spec.model, spec.tp_size)
     progress("read the model", 1.0)
     _write_text_files(checkpoint, folder, progress)
-    export_graph(
-        spec,
-        checkpoint.tensors,
-        folder,
-        lambda fraction: progress("write graph and weights", fraction),
-    )
+    try:
+        export_graph(
+            spec,
+            checkpoint.tensors,
+            folder,
+            lambda fraction: progress("write graph and weights", fraction),
+        )
+    except ModuleNotFoundError as error:
+        missing = missing_library(f"building for {spec.target}", error)
+        if missing is None:
+            raise
+        raise missing from error
+    if spec.target in PLAN_TARGETS:
+        timing_cache = folder.parent / TIMING_CACHE if spec.target == "tensorrt" else None
+        build_plan(
+            spec,
+            rank_folder(folder, 0, spec.tp_size) / GRAPH_FILE,
+            folder / PLAN_FILE,  # one plan serves all ranks: weights are its inputs
+            lambda fraction: progress("build the plan", fraction),
+            PlanOptions(options.compute_capabilities, timing_cache),
+        )
     card = ModelCard(
         name=checkpoint.name,
         trained_tokens=checkpoint.trained_tokens,
@@ -136,7 +185,9 @@ def _build_key(source: Path, options: BuildOptions) -> str:
     else:
         files = [source] if source.is_file() else []
     files += sorted(Path(__file__).parent.glob("*.py"))
-    parts: list[str] = [options.weight_format, options.target]
+    parts: list[str] = [options.stored_format, options.target, str(options.tp_size)]
+    if options.target in PLAN_TARGETS:
+        parts += [f"{options.capacity} {options.max_chunk}", *options.compute_capabilities]
     parts += [f"{file.name} {sha256_of(file)}" for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -168,6 +219,7 @@ def _link_files(earlier: Path, folder: Path) -> None:
     """Everything but the spec, without copying the weights where the file system can."""
     for name in load_manifest(earlier).files:
         if name != SPEC:
+            (folder / name).parent.mkdir(exist_ok=True)
             try:
                 os.link(earlier / name, folder / name)
             except OSError:

@@ -76,7 +76,7 @@ def ensure_demo_engine(
     """
     model = fetch_demo_model(home, progress)
     window = f"{options.capacity}-{options.max_chunk}"
-    name = f"{DEMO_NAME}-{options.weight_format}-{options.target}-{window}"
+    name = f"{DEMO_NAME}-{options.stored_format}-{options.target}-{window}"
     return build_engine(model, home / "engines" / name, options, progress)
 
 

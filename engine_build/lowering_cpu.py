@@ -15,12 +15,14 @@ import numpy.typing as npt
 
 from engine_build.onnx_writer import MICROSOFT, SINKSERVE, GraphWriter
 from engine_build.quantize import quantise, stored_shapes
+from engine_build.shard import rank_weights, shard_shape
 from engine_build.spec import EngineSpec
-from engine_build.weights import MergedWeight, merged_weights
+from engine_build.weights import MergedWeight
 
 Floats = npt.NDArray[np.float32]
 
-ANGLES, ROWS, CACHE = "angles", "rows", "cache"
+TOKEN_IDS, ANGLES, ROWS, CACHE = "token_ids", "angles", "rows", "cache"
+REDUCER = "reducer"
 ROW_FIELDS = 7
 LEVELS, SCALES = ".levels", ".scales"
 
@@ -37,18 +39,30 @@ class CpuLowering:
         cache   uint8 [layers, kv_slots, 2 * kv_heads, head_bytes], written in place. For each head its
                 keys, 16 places at a time, [places / 16, head_dim, 16], then its values [places,
                 head_dim], of `kv_dtype`, padded as in `EngineSpec.head_bytes`
+        reducer int64 [2], of tensor-parallel ranks alone: see engine/kernels/allreduce.c
+
+    All sizes are those of one rank.
     """
 
     def __init__(self, spec: EngineSpec, graph: GraphWriter) -> None:
-        shape = spec.model
+        shape = shard_shape(spec.model, spec.tp_size)
         self._shape = shape
         self._graph = graph
         self._kv_bytes = spec.kv_bytes
         self._int8 = spec.weight_format == "int8"
-        self._sizes = {weight.name: weight.shape for weight in merged_weights(shape)}
+        self._sizes = {
+            weight.name: weight.shape for weight in rank_weights(spec.model, 0, spec.tp_size)
+        }
         graph.input(ANGLES, np.float32, ["tokens", 4, shape.rope.rotary_dim // 2])
         graph.input(ROWS, np.int64, ["rows", ROW_FIELDS])
         graph.input(CACHE, np.uint8, [shape.num_layers, "slots", 2 * shape.num_kv_heads, "bytes"])
+        self._ranks = spec.tp_size
+        if self._ranks > 1:
+            graph.input(REDUCER, np.int64, [2])
+
+    def token_ids(self) -> str:
+        """See `Lowering.token_ids`."""
+        return self._graph.input(TOKEN_IDS, np.int64, ["tokens"])
 
     def store(self, weight: MergedWeight, values: Floats) -> dict[str, Any]:
         """See `Lowering.store`."""
@@ -70,6 +84,16 @@ class CpuLowering:
             return self._blocks("BlockLinear", x, name, *extra)
         product = self._graph.node("FusedMatMul", [x, self._float32(name)], MICROSOFT, transB=1)
         return self._graph.node("Add", [product, *extra]) if extra else product
+
+    def logits(self, x: str, name: str) -> str:
+        """See `Lowering.logits`."""
+        return self.linear(x, name)
+
+    def all_reduce(self, x: str) -> str:
+        """See `Lowering.all_reduce`."""
+        if self._ranks == 1:
+            return x
+        return self._graph.node("AllReduce", [x, REDUCER], SINKSERVE)
 
     def norm(self, x: str, name: str) -> str:
         """See `Lowering.norm`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT = "chat.json"
 
 MANIFEST_VERSION = 1
+
+_INSIDE = re.compile(r"(rank\d+/)?(?!\.\.?$)[^/\\]+")
+"""Names that a manifest may hold: files of the folder, or of a rank's."""
 
 Verify = Literal["sizes", "sha256"]
 
@@ -93,7 +97,11 @@ def write_manifest(
 
     `progress` gets the fraction of bytes hashed.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST
+    )
     total = sum((folder / name).stat().st_size for name in names) or 1
     done = 0
     files: dict[str, FileEntry] = {}
@@ -103,6 +111,8 @@ def write_manifest(
         files[name] = FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
         done += files[name].size
         progress(done / total)
+    for inner in folder.glob("*/"):
+        sync(inner)
     manifest = Manifest(files=files, model=model)
     write_atomically(folder / MANIFEST, manifest.to_json())
     return manifest
@@ -169,7 +179,7 @@ def _parse(folder: Path, text: bytes) -> Manifest:
 
 def _verify(folder: Path, name: str, entry: FileEntry, verify: Verify) -> None:
     path = folder / name
-    if Path(name).name != name or not path.is_file():
+    if not _INSIDE.fullmatch(name) or not path.is_file():
         raise ManifestError(folder, f"{name} is missing")
     size = path.stat().st_size
     if size != entry.size:

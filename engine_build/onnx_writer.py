@@ -88,10 +88,29 @@ class GraphWriter:
             for weight, declared in self.weights.items()
             if weight in used
         ]
-        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, weights)
-        opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS]
+        return self._model(name, self._inputs, weights, _OPSETS)
+
+    def model_of_inputs(self, name: str) -> onnx.ModelProto:
+        """The finished model with every declared weight an input, after the others. No file holds any."""
+        weights = [
+            _value(weight, declared.dtype.type, declared.shape)
+            for weight, declared in self.weights.items()
+        ]
+        domains = sorted({node.domain for node in self._nodes} - {""})
+        opsets = [_OPSETS[0], *((domain, 1) for domain in domains)]
+        return self._model(name, self._inputs + weights, [], opsets)
+
+    def _model(
+        self,
+        name: str,
+        inputs: list[onnx.ValueInfoProto],
+        weights: list[onnx.TensorProto],
+        opsets: Sequence[tuple[str, int]],
+    ) -> onnx.ModelProto:
+        graph = helper.make_graph(self._nodes, name, inputs, self._outputs, weights)
+        imports = [helper.make_opsetid(domain, version) for domain, version in opsets]
         return helper.make_model(
-            graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="sinkserve"
+            graph, opset_imports=imports, ir_version=_IR_VERSION, producer_name="sinkserve"
         )
 
 

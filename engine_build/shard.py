@@ -15,10 +15,11 @@ weight of its own. Where there are more ranks than key/value heads, neighbouring
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
-from engine_build.spec import ModelShape, SpecError
+from engine_build.spec import EngineSpec, ModelShape, SpecError
 from engine_build.weights import Floats, MergedWeight, Tensors, merged_weights
 
 HEAD = "head"
@@ -78,6 +79,16 @@ def shard_shape(model: ModelShape, tp_size: int) -> ModelShape:
         intermediate_size=model.intermediate_size // tp_size,
         tied_head=False,
     )
+
+
+def rank_spec(spec: EngineSpec) -> EngineSpec:
+    """The spec of one rank: its `slot_bytes` are the rank's share of a kv_slot."""
+    return dataclasses.replace(spec, model=shard_shape(spec.model, spec.tp_size))
+
+
+def rank_folder(engine_dir: Path, rank: int, tp_size: int) -> Path:
+    """Where an engine directory keeps a rank's graph and weights: `rank0`, ...; itself for one rank."""
+    return engine_dir if tp_size == 1 else engine_dir / f"rank{rank}"
 
 
 def head_rows(model: ModelShape, tp_size: int) -> int:

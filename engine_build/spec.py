@@ -31,7 +31,7 @@ TARGET_FORMATS: Mapping[Target, tuple[WeightFormat, ...]] = {
     "cpu": ("int8", "float32"),
     "cuda": ("bfloat16", "float16", "float8", "float32"),
     "tensorrt": ("bfloat16", "float16", "float32"),
-    "tensorrt-rtx": ("bfloat16", "float16", "float32"),
+    "tensorrt-rtx": ("bfloat16", "float16", "int8", "float8", "float32"),
 }
 """Weight formats that each target runs, its default first."""
 

@@ -45,10 +45,11 @@ TYPES = {
 Key = tuple[int, ...]
 
 
-def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+def compile_only(self: Any, *args: Any, **named: Any) -> None:
     """In the place of `JITFunction.run`."""
     values = dict(zip(self.arg_names, args, strict=False))
-    options = {name: value for name, value in named.items() if name not in self.arg_names}
+    apart = {"grid", "warmup", *self.arg_names}
+    options = {name: value for name, value in named.items() if name not in apart}
     values |= {name: value for name, value in named.items() if name in self.arg_names}
     signature, constants, attributes = {}, {}, {}
     for number, parameter in enumerate(self.params):

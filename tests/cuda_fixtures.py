@@ -19,7 +19,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from engine.cuda_engine import DEFAULT_OPTIONS, CudaEngine, CudaOptions  # noqa: E402
+from engine.cuda_engine import DEFAULT_OPTIONS, CudaEngine  # noqa: E402
+from engine.cuda_options import CudaOptions  # noqa: E402
 
 
 def cuda_spec(

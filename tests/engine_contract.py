@@ -1,13 +1,17 @@
-"""What every engine does, whatever it computes with. Run by test_engine_contract.py on each of them.
+"""What every engine does, whatever it computes with. Run by test_engine_contract.py on each of `ENGINES`.
 
-Numbers are compared with a tolerance, as summation order may depend on what else is in a step.
+An engine that passes can serve. `EngineContract` compares an engine with itself, with a tolerance, as
+summation order may depend on what else is in a step; tests/exactness_contract.py compares it with the oracle.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -16,7 +20,9 @@ from engine.protocol import Engine, EngineDead, Row, RowResult, SampleRequest, S
 from engine.sampling import SamplingParams
 from engine.toy_engine import ToyEngine, ToyText, byte_spec
 from engine.window import SinkWindow
+from engine_build.spec import WeightFormat
 from tests.engine_fixtures import cut, feed, make_engine, random_tokens, row_for, window_of
+from tests.tensorrt_on_onnx import make_tensorrt_engine
 
 CAPACITY, MAX_CHUNK, SLOTS, VOCAB = 32, 12, 5, 259
 CLOSE = 1e-4
@@ -24,31 +30,91 @@ GREEDY = SampleRequest(SamplingParams(temperature=0.0), 0, 0, np.zeros(0, np.int
 SEEDED = SampleRequest(SamplingParams(seed=11), 2, 5, np.zeros(0, np.int32))
 
 
-def toy() -> Engine:
-    spec = byte_spec(capacity=CAPACITY, max_chunk=MAX_CHUNK)
-    return ToyEngine(spec, max_resident=SLOTS, text=ToyText(words=()))
+class MakeEngine(Protocol):
+    """A fresh engine of a tiny model (see `tests.engine_fixtures.make_engine`)."""
+
+    def __call__(
+        self, family: str = ..., *, capacity: int = ..., max_chunk: int = ..., slots: int = ...
+    ) -> Engine: ...
 
 
-def onnx_float32() -> Engine:
-    return make_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=SLOTS)
+@dataclass(frozen=True)
+class Candidate:
+    """An engine to hold to the contract.
+
+    `needs` are modules without which it is skipped, with that as the reason. `exact`: it computes in
+    float32, and is held to the oracle too. `slow`: that takes long here (an interpreter), so it runs with
+    the slow tests, or when `--engine` names this engine.
+    """
+
+    make: MakeEngine
+    needs: tuple[str, ...] = ()
+    exact: bool = True
+    slow: bool = False
 
 
-def onnx_int8() -> Engine:
-    return make_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=SLOTS, weight_format="int8")
+def toy(
+    family: str = "", *, capacity: int = CAPACITY, max_chunk: int = MAX_CHUNK, slots: int = SLOTS
+) -> Engine:
+    spec = byte_spec(capacity=capacity, max_chunk=max_chunk)
+    return ToyEngine(spec, max_resident=slots, text=ToyText(words=()))
 
 
-def cuda() -> Engine:
-    from tests.cuda_fixtures import make_cuda_engine
-
-    return make_cuda_engine(capacity=CAPACITY, max_chunk=MAX_CHUNK, slots=SLOTS)
+def onnx(weight_format: WeightFormat) -> MakeEngine:
+    return functools.partial(make_engine, weight_format=weight_format)
 
 
-ENGINES: dict[str, Callable[[], Engine]] = {
-    "toy": toy,
-    "onnx-float32": onnx_float32,
-    "onnx-int8": onnx_int8,
-    "cuda": cuda,
+def elsewhere(module: str, function: str) -> MakeEngine:
+    """A maker whose module is imported when an engine is made: it may need what is not installed."""
+
+    def make(family: str = "llama", **sizes: int) -> Engine:
+        made: Engine = getattr(importlib.import_module(module), function)(family, **sizes)
+        return made
+
+    return make
+
+
+# To add an engine, add one line. Its maker takes what `make_engine` takes (family, capacity, max_chunk,
+# slots) and gives an engine whose weights are float32, unless `exact` is False. Where its module needs
+# torch or the like, name the maker with `elsewhere` and the modules in `needs`: it is skipped without them.
+# `pytest --engine NAME` runs one of them; NAME may be the part before a dash.
+ENGINES: dict[str, Candidate] = {
+    "toy": Candidate(toy, exact=False),
+    "cpu-float32": Candidate(onnx("float32")),
+    "cpu-int8": Candidate(onnx("int8"), exact=False),
+    "tensorrt-on-onnx": Candidate(make_tensorrt_engine),
+    "cuda-interpreted": Candidate(
+        elsewhere("tests.cuda_fixtures", "make_cuda_engine"), ("torch", "triton"), slow=True
+    ),
 }
+
+
+def chosen_engines(asked: Sequence[str] | None, *, exact: bool) -> list[Any]:
+    """Parameters for the tests of a contract. Raises UsageError for a name that means no engine."""
+    for one in asked or ():
+        if not any(_means(one, name) for name in ENGINES):
+            raise pytest.UsageError(f"--engine {one}: none of {', '.join(ENGINES)}")
+    chosen = []
+    for name, candidate in ENGINES.items():
+        if exact and not candidate.exact:
+            continue
+        if asked and not any(_means(one, name) for one in asked):
+            continue
+        slow = [pytest.mark.slow] if candidate.slow and exact and not asked else []
+        chosen.append(pytest.param(name, marks=slow))
+    return chosen
+
+
+def _means(asked: str, name: str) -> bool:
+    return asked in (name, name.partition("-")[0])
+
+
+def maker_of(name: str) -> MakeEngine:
+    """Skips the test where a module that the engine needs is not installed."""
+    candidate = ENGINES[name]
+    for module in candidate.needs:
+        pytest.importorskip(module, reason=f"{name} needs {module}")
+    return candidate.make
 
 
 def last(engine: Engine, row: Row) -> RowResult:

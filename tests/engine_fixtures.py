@@ -48,6 +48,7 @@ def make_engine(
     max_chunk: int = 20,
     slots: int = 4,
     weight_format: WeightFormat = "float32",
+    host_slots: int = 0,
 ) -> OnnxEngine:
     """An engine of a tiny model; its folder is gone again, as the weights are read at start."""
     kv_dtype = kv_dtype_for(weight_format)
@@ -55,7 +56,11 @@ def make_engine(
     with tempfile.TemporaryDirectory() as folder:
         export_graph(spec, cached_tensors(family), Path(folder), lambda fraction: None)
         (Path(folder) / "spec.json").write_text(spec.to_json())
-        return OnnxEngine(Path(folder), memory_budget_bytes=slots * spec.slot_bytes)
+        return OnnxEngine(
+            Path(folder),
+            memory_budget_bytes=slots * spec.slot_bytes,
+            host_memory_bytes=host_slots * spec.slot_bytes,
+        )
 
 
 def window_of(spec: EngineSpec, sink_tokens: int) -> SinkWindow:

@@ -330,7 +330,12 @@ class FakeEngine:
             )
         )
         return TurnDone(
-            committed.turn, committed.head, script.finish_reason, reply.output_ids, usage
+            committed.turn,
+            committed.head,
+            script.finish_reason,
+            reply.output_ids,
+            usage,
+            record=committed,
         )
 
     async def stats(self) -> tuple[ReplicaStats, ...]:

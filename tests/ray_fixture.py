@@ -151,13 +151,17 @@ class RayService:
 
     def kill(self, replica: str) -> None:
         """SIGKILL: no chance to say goodbye."""
+        os.kill(self.pid(replica), signal.SIGKILL)
+
+    def pid(self, replica: str) -> int:
+        """The process of a replica."""
         from ray._private import state
 
         for actor in state.actors().values():
             name = actor["Name"].split("#")
             if name[0] == "SERVE_REPLICA::" + APPLICATION and name[-1] == replica:
-                os.kill(actor["Pid"], signal.SIGKILL)
-                return
+                pid: int = actor["Pid"]
+                return pid
         raise AssertionError(f"no replica {replica}")
 
 

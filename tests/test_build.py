@@ -13,7 +13,7 @@ from engine_build.build import BuildOptions, build_engine
 from engine_build.chat import ChatPieces
 from engine_build.checkpoint import read_checkpoint
 from engine_build.manifest import MANIFEST, load_engine_spec, load_manifest
-from engine_build.spec import SpecError
+from engine_build.spec import TARGET_FORMATS, SpecError, Target, WeightFormat
 from tests.tiny_models import tiny_tensors, tiny_tokenizer, write_gguf, write_hf_folder
 
 OPTIONS = BuildOptions(capacity=32, max_chunk=16, weight_format="float32")
@@ -234,3 +234,23 @@ def test_two_builds_at_once_make_one_engine(model: Path, out: Path) -> None:
     assert said == ["False", "True"]
     load_manifest(out, "sha256")
     assert json.loads((out / MANIFEST).read_text())["model"]["name"] == "model"
+
+
+@pytest.mark.parametrize(("target", "formats"), TARGET_FORMATS.items())
+def test_the_default_weight_format_is_the_targets_first(
+    target: Target, formats: tuple[WeightFormat, ...]
+) -> None:
+    assert BuildOptions(target=target).stored_format == formats[0]
+    assert BuildOptions(target=target, weight_format="float32").stored_format == "float32"
+
+
+def test_a_library_that_the_build_lacks_is_named_with_how_to_install_it(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*arguments: object) -> None:
+        raise ModuleNotFoundError("No module named 'tensorrt'", name="tensorrt")
+
+    monkeypatch.setattr("engine_build.build.export_graph", export)
+    with pytest.raises(SpecError, match=r"needs tensorrt, .*pip install tensorrt"):
+        build_engine(model, out, OPTIONS)
+    assert not out.exists()

@@ -14,7 +14,7 @@ from cluster.conversation import Conversation, Message
 from cluster.store import StoreUnavailable
 from deployments.chat_service import ChatService
 from deployments.errors import ErrorInfo, ServiceError
-from tests.fake_turns import CAPACITY, Front, Script, make_front
+from tests.fake_turns import CAPACITY, HASTE, Front, Script, make_front
 
 Body = dict[str, Any]
 
@@ -164,6 +164,43 @@ async def test_a_record_that_moved_is_read_and_encoded_again(front: Front) -> No
     assert last_input(front) == front.codec.encode_turn([Message("user", "second")]).tolist()
 
 
+async def test_the_next_turn_needs_no_look_at_the_store(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await front.service.chat(ask(user("a")))
+    name = first["conversation"]["id"]
+    second = await front.service.chat(ask(user("b"), conversation=name))
+
+    async def away(*args: object) -> None:
+        raise StoreUnavailable("the store is not asked")
+
+    monkeypatch.setattr(front.store, "get", away)
+    monkeypatch.setattr(front.store, "match_history", away)
+    third = await front.service.chat(ask(user("c"), conversation=name))
+    texts = [text_of(reply) for reply in (first, second, third)]
+    history = [user("a"), assistant(texts[0]), user("b"), assistant(texts[1])]
+    fourth = await front.service.chat(ask(*history, user("c"), assistant(texts[2]), user("d")))
+    assert [reply["conversation"]["turn"] for reply in (third, fourth)] == [3, 4]
+    assert fourth["conversation"]["id"] == name
+    # A client's own expectation is compared with what the store has.
+    refusal = await refused(front, ask(user("e"), conversation=name, expect_turn=4))
+    assert refusal.code == "store_unavailable"
+
+
+async def test_what_another_ingress_did_is_noticed(front: Front) -> None:
+    other = ChatService(front.service.config, front.store, front.codec, front.engine, None, HASTE)
+    first = await front.service.chat(ask(user("a")))
+    name = first["conversation"]["id"]
+    await other.chat(ask(user("b"), conversation=name))
+    third = await front.service.chat(ask(user("c"), conversation=name))
+    assert third["conversation"]["turn"] == 3
+    fork = await other.chat(ask(user("a"), assistant(text_of(first)), user("x")))
+    assert fork["conversation"]["id"] != name
+    await other.delete_conversation(name)
+    refusal = await refused(front, ask(user("d"), conversation=name))
+    assert refusal.code == "conversation_not_found"
+
+
 async def test_a_stated_turn_that_moved_is_a_conflict(front: Front) -> None:
     reply = await front.service.chat(ask(user("a")))
     named = reply["conversation"]["id"]
@@ -263,7 +300,8 @@ async def test_a_history_whose_conversation_is_running_forks(front: Front) -> No
 async def test_a_match_that_is_lost_at_the_claim_forks(front: Front, code: str) -> None:
     await front.service.chat(ask(user("a")))
     history = [user("a"), assistant("Good day."), user("b")]
-    front.engine.scripts.append(Script(refuse=ErrorInfo(code, "lost the race")))
+    # First on the record that this process remembers, then on the one that the store has.
+    front.engine.scripts += [Script(refuse=ErrorInfo(code, "lost the race")) for _ in range(2)]
     reply = await front.service.chat(ask(*history))
     assert reply["conversation"]["turn"] == 1
     assert last_input(front) == encoded(front, *history)

@@ -40,6 +40,7 @@ from deployments.local.progress import Steps
 from deployments.local.service import LocalService
 from deployments.local.status import token_counts
 from deployments.local.up import read_config
+from engine_build.spec import TARGET_FORMATS
 
 CONVERSATION = "conv_" + "a" * 32
 
@@ -547,6 +548,22 @@ def test_build_says_why_the_kernels_do_not_compile(
     assert "start again" in result.output
     assert "serve it" not in result.output
     assert isinstance(result.exception, SystemExit)
+
+
+def test_build_refuses_a_format_that_the_target_does_not_run(
+    run: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    arguments = ("--out", str(tmp_path / "engine"), "--target", "cuda", "--weights", "int8")
+    result = run("build", str(tiny_model), *arguments)
+    assert result.exit_code == 1
+    assert "weight_format: cuda does not run int8. Use bfloat16, " in result.output
+    assert not (tmp_path / "engine").exists()
+
+
+def test_build_help_names_the_formats_of_every_target(run: Callable[..., Any]) -> None:
+    told = " ".join(run("build", "--help").output.replace("│", " ").split())
+    for target, formats in TARGET_FORMATS.items():
+        assert f"{target}: {', '.join(formats)}" in told
 
 
 @pytest.mark.parametrize("detach", [False, True])

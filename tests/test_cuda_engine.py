@@ -13,7 +13,7 @@ from engine.sampling import SamplingParams
 from engine.window import SinkWindow
 from engine_build.graph import export_graph
 from engine_build.spec import EngineSpec, SpecError, WeightFormat
-from tests.cuda_fixtures import CudaEngine, CudaOptions, cuda_spec, make_cuda_engine, torch
+from tests.cuda_fixtures import cuda_spec, make_cuda_engine, torch
 from tests.engine_fixtures import (
     PARTIAL_ROTARY,
     cached_tensors,
@@ -25,20 +25,22 @@ from tests.engine_fixtures import (
 )
 from tests.reference import Floats, ReferenceDecoder, Rule
 
+from engine.cuda_engine import CudaEngine  # isort: skip
+from engine.cuda_options import CudaOptions  # isort: skip
+
 MAX_ERROR = 1e-4
 LENGTH = 70
 SIZES = (20, 1, 7)
 
 
-def oracle(family: str = "llama", sinks: int = 4, length: int = LENGTH, **wrong: bool) -> Floats:
-    reference = ReferenceDecoder(
-        tiny_shape(family), cached_tensors(family), Rule(sinks, 40 - sinks, **wrong)
-    )
+def oracle(family: str = "llama", length: int = LENGTH, wrong: str = "") -> Floats:
+    rule = Rule(4, 36, **({wrong: True} if wrong else {}))
+    reference = ReferenceDecoder(tiny_shape(family), cached_tensors(family), rule)
     return reference.push_all(0, random_tokens(7, length))
 
 
-def run(engine: CudaEngine, sinks: int = 4, length: int = LENGTH) -> Floats:
-    row = row_for(window_of(engine.spec, sinks))
+def run(engine: CudaEngine, length: int = LENGTH) -> Floats:
+    row = row_for(window_of(engine.spec, 4))
     return feed(engine, random_tokens(7, length), row, SIZES)
 
 
@@ -52,7 +54,7 @@ def test_every_family_equals_the_oracle(family: str) -> None:
 @pytest.mark.parametrize("wrong", ["no_sinks", "no_shift", "one_key_too_few"])
 def test_wrong_rules_are_told_from_the_right_one(wrong: str) -> None:
     got = run(make_cuda_engine(), length=60)
-    assert np.abs(got - oracle(length=60, **{wrong: True})).max() > 100 * MAX_ERROR
+    assert np.abs(got - oracle(length=60, wrong=wrong)).max() > 100 * MAX_ERROR
 
 
 @pytest.mark.parametrize("offset", [4_000_037, 16_000_000])
@@ -100,7 +102,7 @@ def test_conversations_of_different_lengths_share_steps() -> None:
 def test_narrow_formats_are_near_the_oracle(weight_format: WeightFormat, tolerance: float) -> None:
     engine = make_cuda_engine("qwen2", weight_format=weight_format)
     wanted = oracle("qwen2", length=50)
-    error = np.abs(run(engine, length=50) - wanted)
+    error: Floats = np.abs(run(engine, length=50) - wanted)
     assert 1e-4 < error.mean() < tolerance / 4
     assert error.max() < tolerance * 2
 
@@ -127,8 +129,9 @@ def test_tensors_of_a_reference_make_the_same_engine() -> None:
     for family in ("qwen2", "qwen3"):
         tensors = {name: torch.from_numpy(one) for name, one in cached_tensors(family).items()}
         spec = cuda_spec(family)
-        options = {"memory_budget_bytes": spec.slot_bytes, "device": "cpu"}
-        engine = CudaEngine.from_tensors(spec, tensors, **options)
+        engine = CudaEngine.from_tensors(
+            spec, tensors, memory_budget_bytes=spec.slot_bytes, device="cpu"
+        )
         assert (run(engine, length=21) == run(make_cuda_engine(family), length=21)).all()
 
 

@@ -12,11 +12,13 @@ import pytest
 
 from cluster.conversation import ReplayLog
 from cluster.restore import plan_restore, retained_ids
+from engine.host_tier import HostTier, SlotContent
 from engine.loop import EngineLoop
 from engine.loop_types import LoopConfig, LoopStopped, Overloaded, TurnHandle, TurnRunning
 from engine.protocol import (
     EngineDead,
     RowResult,
+    SlotCopy,
     StepPlan,
     StepResult,
     TokenIds,
@@ -56,8 +58,10 @@ PARAMS = SamplingParams(seed=11)
 class SteppedToy(ToyEngine):
     """A toy that takes a step only when told to, and keeps the plans."""
 
-    def __init__(self, max_resident: int = 4, free_running: bool = False) -> None:
-        super().__init__(SPEC, max_resident, ToyText(stop_period=40))
+    def __init__(
+        self, max_resident: int = 4, free_running: bool = False, host_slots: int = 0
+    ) -> None:
+        super().__init__(SPEC, max_resident, ToyText(stop_period=40), host_slots=host_slots)
         self.plans: list[StepPlan] = []
         self.asked = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
@@ -604,6 +608,101 @@ def test_a_turn_that_waits_finds_its_slot_when_it_gets_there(start: Make) -> Non
     # The newcomer takes the slot of `idle`, though that of `warm` was used longer ago.
     new.finish()
     assert warm.next_event() == TurnStarted("none", cached_tokens=15, prefill_tokens=12)
+
+
+# Host memory.
+
+
+def test_an_evicted_conversation_comes_back_from_host_memory(start: Make) -> None:
+    engine = SteppedToy(max_resident=1, free_running=True, host_slots=1)
+    loop = start(engine)
+    client, other = Client(loop, "a"), Client(loop, "b")
+    for _ in range(5):
+        client.converse()
+    other.converse()
+    context = len(client.tokens)
+    assert client.converse(num_input=4) == TurnStarted("none", min(context - 3, 24), 4 + 3)
+    # The only host slot was the returning conversation's own, so the other one was not kept.
+    assert other.converse().recovery == "exact"
+    stats = loop.stats()
+    assert (stats.host_hits, stats.host_slots_used, stats.host_slots) == (1, 1, 1)
+    copies = [copy for plan in engine.plans for copy in plan.copies]
+    assert copies == [
+        SlotCopy("save", 0, 0),
+        SlotCopy("restore", 0, 0),
+        SlotCopy("save", 0, 0),
+    ]
+
+
+def test_many_conversations_change_places_and_all_stay_right(start: Make) -> None:
+    loop = start(SteppedToy(max_resident=2, free_running=True, host_slots=3), max_running=2)
+    clients = [Client(loop, name) for name in "abcdefg"]
+    rng = np.random.default_rng(3)
+    recoveries = [
+        clients[rng.integers(0, len(clients))].converse(2 + turn % 7, 5).recovery
+        for turn in range(120)
+    ]
+    loop.check_integrity()
+    assert recoveries.count("none") > 60
+    assert loop.stats().host_hits > 30
+    assert {"replay", "exact"} & set(recoveries)
+
+
+def test_a_stale_head_is_never_restored(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = start(SteppedToy(max_resident=1, free_running=True, host_slots=2))
+
+    def after_a_turn_elsewhere(name: str) -> TurnStarted:
+        client, other = Client(loop, name), Client(loop, f"not {name}")
+        client.converse()
+        other.converse()
+        client.tokens[3] ^= 1
+        client.head = "elsewhere"
+        return client.converse()
+
+    assert after_a_turn_elsewhere("a").recovery == "exact"
+    assert loop.stats().host_hits == 0
+    take = HostTier.take
+
+    def take_whatever_is_there(
+        tier: HostTier, name: str, head: str, window: SinkWindow
+    ) -> tuple[int, SlotContent] | None:
+        kept = tier._kept.get(name)
+        return take(tier, name, kept[1].head if kept else head, window)
+
+    monkeypatch.setattr(HostTier, "take", take_whatever_is_there)
+    with pytest.raises(AssertionError):
+        after_a_turn_elsewhere("b")
+
+
+def test_copies_made_after_the_rows_are_found_out(start: Make) -> None:
+    class Late(SteppedToy):
+        def step(self, plan: StepPlan) -> StepResult:
+            result = super().step(replace(plan, copies=()))
+            super().step(StepPlan((), plan.copies))
+            return result
+
+    loop = start(Late(max_resident=1, free_running=True, host_slots=2))
+    client, other = Client(loop, "a"), Client(loop, "b")
+    client.converse()
+    other.converse()
+    with pytest.raises(AssertionError):
+        client.converse()
+
+
+def test_copies_of_a_turn_that_never_ran_are_made_before_the_next_one(start: Make) -> None:
+    engine = SteppedToy(max_resident=1, free_running=True, host_slots=2)
+    loop = start(engine)
+    client, other = Client(loop, "a"), Client(loop, "b")
+    client.converse()
+
+    def impossible(resident_length: int | None) -> Prefill:
+        raise RuntimeError("no plan")
+
+    other.submit(replace(other.request(), prefill=impossible))
+    assert isinstance(other.finish()[-1], TurnError)
+    assert client.converse().recovery == "none"
+    (copies,) = [plan.copies for plan in engine.plans if plan.copies]
+    assert copies == (SlotCopy("save", 0, 0), SlotCopy("restore", 0, 0))
 
 
 # Fair shares.

@@ -60,7 +60,7 @@ def toy_model(vocab_size: int) -> ToyModel:
 
 def start_toy(config: ServiceConfig, files: EngineFiles, threads: int) -> Engine:
     """In place of `deployments.engine_files.start_engine`."""
-    slots = config.memory_budget_bytes // files.spec.slot_bytes
+    slots = config.cpu_budget_bytes // files.spec.slot_bytes
     return PoisonedToy(files.spec, max_resident=slots, text=TEXT, step_delay_s=STEP_S)
 
 
@@ -155,9 +155,9 @@ def build(args: Mapping[str, Any]) -> Application:
     """See `deployments.app.build`; `switched_off` names safeguards."""
     switched_off = list(args.get("switched_off", ()))
     config = load_config({name: value for name, value in args.items() if name != "switched_off"})
-    locate_engine(config)
+    spec = locate_engine(config).spec
     fields = config.model_dump(mode="json", include=config.model_fields_set)
-    replicas, front = replica_options(config), ingress_options(config)
+    replicas, front = replica_options(config, spec), ingress_options(config)
     if "drain" in switched_off:
         replicas["graceful_shutdown_timeout_s"] = 0.1
     replicas["ray_actor_options"] |= {"resources": {ENGINE_NODE: 1}}

@@ -154,8 +154,10 @@ def measure_model(
         reply_tokens=request.reply_tokens,
         sink_tokens=max(MIN_SINK_TOKENS, files.codec.pinned_tokens([])),
     )
-    budget = max(config.memory_budget_bytes, options.num_slots * files.spec.slot_bytes)
-    roomy = config.model_copy(update={"memory_budget_bytes": budget})
+    roomy = config
+    if files.spec.target == "cpu" or config.memory_budget_bytes is not None:
+        budget = max(config.cpu_budget_bytes, options.num_slots * files.spec.slot_bytes)
+        roomy = config.model_copy(update={"memory_budget_bytes": budget})
     engine = start_engine(roomy, files, request.threads)
     try:
         with steps.step("Measuring") as step:

@@ -275,7 +275,7 @@ class LocalService:
 
 def machine_plan(home: Home, config: ServiceConfig, ports: bool) -> preflight.Plan:
     """What this configuration needs of a machine; `ports` asks for them to be free."""
-    per_replica = REPLICA_BYTES + config.memory_budget_bytes
+    per_replica = REPLICA_BYTES + config.cpu_budget_bytes
     return preflight.Plan(
         home=home.root,
         replicas=config.max_replicas,

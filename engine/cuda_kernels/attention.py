@@ -243,7 +243,7 @@ def decode_tiling(longest: int, rows: int, group: int, num_processors: int) -> T
 def prefill_tiling(group: int, head_dim: int, split: bool) -> Tiling:
     """For chunks: as many queries as keep the sums in registers. `split` if there are few of them; into one
     number of parts only, as each would have to be compiled."""
-    narrow = head_dim > 128
+    narrow = split or head_dim > 128
     block_m = max(64 if narrow else 128, power_of_two(group))
     return Tiling(block_m, 64, 8 if split else 1, num_warps=4 if narrow else 8, num_stages=2)
 

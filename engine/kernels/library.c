@@ -6,6 +6,7 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
 
 static const OrtCustomOp *const all_ops[] = {
     &sink_attention_op, &swiglu_op, &add_norm_op, &block_linear_op, &block_embedding_op,
+    &all_reduce_op,
 };
 
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {

@@ -68,4 +68,5 @@ static inline int default_memory(const OrtCustomOp *op, size_t index) { return (
     .version = ORT_ABI_VERSION, .GetExecutionProviderType = default_provider,                  \
     .GetOutputType = float_tensor, .GetOutputCharacteristic = all_required, .GetInputMemoryType = default_memory
 
-extern const OrtCustomOp sink_attention_op, swiglu_op, block_linear_op, block_embedding_op, add_norm_op;
+extern const OrtCustomOp sink_attention_op, swiglu_op, block_linear_op, block_embedding_op, add_norm_op,
+    all_reduce_op;

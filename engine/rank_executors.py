@@ -1,0 +1,84 @@
+"""Which executor one tensor-parallel rank runs, by the target of the engine.
+
+An executor is an `Engine` that runs the same plans on every rank: it takes its rank's part of the weights,
+and rank 0 alone returns tokens and logits. What it computes with is imported when it is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from engine.collective import Collective
+from engine.protocol import Engine
+from engine_build.manifest import SPEC
+from engine_build.spec import EngineSpec, SpecError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RankOptions:
+    """What every rank of an engine is told: values of JSON only.
+
+    `memory_budget_bytes` is for the kv_slots of this rank, None: what is free. `threads` are this rank's,
+    where a CPU computes. `capacity` replaces that of spec.json. `max_running`: see `EngineOptions`.
+    """
+
+    engine_dir: str
+    memory_budget_bytes: int | None
+    threads: int = 1
+    capacity: int | None = None
+    max_running: int = 16
+
+
+OpenExecutor = Callable[[RankOptions, Collective], Engine]
+
+
+def open_executor(options: RankOptions, collective: Collective) -> Engine:
+    """This rank's executor. Every rank calls it at the same time, so it may use `collective`."""
+    spec = EngineSpec.from_json((Path(options.engine_dir) / SPEC).read_text(encoding="utf-8"))
+    if spec.target not in _EXECUTORS:
+        raise SpecError(
+            "tp_size",
+            f"this release runs {spec.target} engines on one rank",
+            f"Build for one of: {', '.join(_EXECUTORS)}, or without --tp",
+        )
+    return _EXECUTORS[spec.target](options, collective)
+
+
+def _open_cpu(options: RankOptions, collective: Collective) -> Engine:
+    from engine.onnx_engine import OnnxEngine
+
+    return OnnxEngine(
+        Path(options.engine_dir),
+        memory_budget_bytes=options.memory_budget_bytes or 0,
+        threads=options.threads,
+        capacity=options.capacity,
+        collective=collective,
+    )
+
+
+def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
+    from engine.cuda_engine import CudaEngine
+    from engine.cuda_options import CudaOptions, TensorParallel
+
+    port = b""
+    if collective.rank == 0:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1]).encode()
+    address = f"tcp://127.0.0.1:{collective.broadcast(port).decode()}"
+    return CudaEngine(
+        Path(options.engine_dir),
+        memory_budget_bytes=options.memory_budget_bytes,
+        device=f"cuda:{collective.rank}",
+        capacity=options.capacity,
+        options=CudaOptions(
+            max_running=options.max_running,
+            tensor_parallel=TensorParallel(collective.rank, collective.size, address),
+        ),
+    )
+
+
+# Another target is added with a function like the one above and one line here.
+_EXECUTORS: Mapping[str, OpenExecutor] = {"cpu": _open_cpu, "cuda": _open_cuda}

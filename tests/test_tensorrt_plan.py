@@ -1,0 +1,202 @@
+"""Plans that TensorRT-RTX really builds, without a GPU; what it says where it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+from engine_build.build import BuildOptions, build_engine
+from engine_build.graph import GRAPH_FILE, WEIGHTS_FILE, export_graph
+from engine_build.lowering_tensorrt import cache_row_bytes, num_places
+from engine_build.manifest import load_engine_spec, load_manifest
+from engine_build.plan import PLAN_FILE, PlanOptions, build_plan
+from engine_build.plan_profiles import Size, decode_buckets, plan_profiles, profile_for
+from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat, kv_dtype_for
+from engine_build.weights import read_weight_file
+from tests.engine_fixtures import cached_tensors, tiny_shape
+from tests.tiny_models import write_hf_folder
+
+
+def spec_of(
+    weight_format: WeightFormat = "bfloat16",
+    target: Target = "tensorrt-rtx",
+    family: str = "llama",
+    max_chunk: int = 12,
+) -> EngineSpec:
+    kv_dtype = kv_dtype_for(weight_format)
+    return EngineSpec(tiny_shape(family), 32, max_chunk, weight_format, kv_dtype, target)
+
+
+def exported(spec: EngineSpec, folder: Path, family: str = "llama") -> Path:
+    export_graph(spec, cached_tensors(family), folder, lambda fraction: None)
+    return folder / GRAPH_FILE
+
+
+@pytest.fixture
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("weight_format", ["float32", "float16", "bfloat16", "int8", "float8"])
+def test_the_graph_is_valid_onnx_and_small(weight_format: WeightFormat, tmp_path: Path) -> None:
+    graph = exported(spec_of(weight_format), tmp_path)
+    model = onnx.load(graph)
+    onnx.checker.check_model(model, full_check=True)
+    assert not model.graph.initializer
+    weights = set(read_weight_file(tmp_path / WEIGHTS_FILE))
+    assert weights < {value.name for value in model.graph.input}
+    assert graph.stat().st_size < 40_000
+
+
+def test_a_graph_for_tensorrt_is_that_for_rtx(tmp_path: Path) -> None:
+    (tmp_path / "rtx").mkdir()
+    plain = exported(spec_of(target="tensorrt"), tmp_path).read_bytes()
+    assert exported(spec_of(), tmp_path / "rtx").read_bytes() == plain
+
+
+def test_slots_are_aligned_and_have_a_place_that_nobody_sees() -> None:
+    for family in ("llama", "qwen3", "llama-mha-tied"):
+        for max_chunk in (1, 12, 64):
+            spec = spec_of(family=family, max_chunk=max_chunk)
+            assert num_places(spec) > spec.slot_tokens
+            layers = 2 * spec.model.num_layers
+            assert cache_row_bytes(spec) // layers % 256 == 0
+
+
+def test_profiles_hold_every_pass_once() -> None:
+    spec = spec_of()
+    for batch in (1, 2, 16, 17, 200, 256):
+        holding = [p for p in plan_profiles(spec) if p.least.batch <= batch <= p.most.batch]
+        assert plan_profiles(spec)[profile_for(batch, 1)] in holding
+    prefill = plan_profiles(spec)[profile_for(1, 7)]
+    assert prefill.least == Size(1, 2, 1)
+    assert prefill.usual == Size(1, 12, 1)
+    assert prefill.most == Size(1, 12, 12)
+    assert len(plan_profiles(spec_of(max_chunk=1))) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "buckets"),
+    [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (16, (1, 2, 4, 8, 16)), (900, (256,))],
+)
+def test_buckets_are_powers_of_two_up_to_all(rows: int, buckets: tuple[int, ...]) -> None:
+    assert decode_buckets(rows)[-len(buckets) :] == buckets
+    assert sorted(decode_buckets(rows)) == list(decode_buckets(rows))
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("weight_format", ["float32", "float16", "bfloat16", "int8", "float8"])
+def test_every_format_of_the_target_becomes_a_plan(
+    weight_format: WeightFormat, tmp_path: Path
+) -> None:
+    spec = spec_of(weight_format)
+    seen: list[float] = []
+    build_plan(spec, exported(spec, tmp_path), tmp_path / PLAN_FILE, seen.append)
+    assert (tmp_path / PLAN_FILE).stat().st_size > 100_000
+    assert seen == sorted(seen)
+    assert seen[0] == 0.0
+    assert seen[-1] == 1.0
+    assert len(set(seen)) > 10
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("capabilities", [("8.9",), ("8.0", "12.0")])
+def test_a_plan_may_be_for_gpus_that_are_not_here(
+    capabilities: tuple[str, ...], tmp_path: Path
+) -> None:
+    spec = spec_of()
+    options = PlanOptions(compute_capabilities=capabilities)
+    graph = exported(spec, tmp_path)
+    build_plan(spec, graph, tmp_path / PLAN_FILE, lambda fraction: None, options)
+    assert (tmp_path / PLAN_FILE).is_file()
+
+
+@pytest.mark.usefixtures("rtx")
+def test_hopper_is_refused_by_name(tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7.1 has no name for 9.0; `benchmarks.gpu.tensorrt_sm90` asks for it by number."""
+    spec = spec_of()
+    options = PlanOptions(compute_capabilities=("9.0",))
+    with pytest.raises(SpecError, match=r"does not build for compute capability 9.0.*8.9, 12.0"):
+        build_plan(
+            spec,
+            exported(spec, tmp_path),
+            tmp_path / PLAN_FILE,
+            lambda fraction: None,
+            options,
+        )
+
+
+@pytest.mark.usefixtures("rtx")
+def test_what_a_gpu_lacks_is_said_in_the_librarys_words(tmp_path: Path) -> None:
+    spec = spec_of("float8")
+    options = PlanOptions(compute_capabilities=("8.6",))
+    with pytest.raises(SpecError, match=r"built no plan.*fp8"):
+        build_plan(
+            spec, exported(spec, tmp_path), tmp_path / PLAN_FILE, lambda fraction: None, options
+        )
+
+
+@pytest.mark.usefixtures("rtx")
+def test_a_build_puts_the_plan_into_the_manifest(tmp_path: Path) -> None:
+    model = write_hf_folder(tmp_path / "model", "llama")
+    options = BuildOptions(capacity=32, max_chunk=16, target="tensorrt-rtx")
+    steps: dict[str, list[float]] = {}
+    out = build_engine(
+        model, tmp_path / "out", options, lambda step, done: steps.setdefault(step, []).append(done)
+    )
+    assert {GRAPH_FILE, WEIGHTS_FILE, PLAN_FILE} < set(load_manifest(out, "sha256").files)
+    assert load_engine_spec(out).weight_format == "bfloat16"
+    assert steps["build the plan"][-1] == 1.0
+    plan = (out / PLAN_FILE).stat()
+    build_engine(model, out, options)
+    assert (out / PLAN_FILE).stat() == plan
+    # Its cache has a fixed number of places: another capacity is another plan.
+    build_engine(model, out, BuildOptions(capacity=64, max_chunk=16, target="tensorrt-rtx"))
+    assert (out / PLAN_FILE).stat().st_mtime_ns != plan.st_mtime_ns
+    assert load_engine_spec(out).capacity == 64
+
+
+@pytest.mark.usefixtures("rtx")
+def test_without_a_gpu_the_engine_says_what_is_missing(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    spec = spec_of()
+    exported(spec, tmp_path)
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    with pytest.raises(SpecError, match="target: tensorrt-rtx needs a GPU"):
+        TensorRtEngine(tmp_path, RuntimeOptions())
+
+
+@pytest.mark.usefixtures("rtx")
+def test_a_plan_does_not_open_without_a_driver_and_says_why(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from engine_build.tensorrt_library import OpenPlan
+
+    spec = spec_of()
+    build_plan(spec, exported(spec, tmp_path), tmp_path / PLAN_FILE, lambda fraction: None)
+    plan = (tmp_path / PLAN_FILE).read_bytes()
+    with pytest.raises(SpecError, match=r"cannot run this plan here .*CUDA driver"):
+        OpenPlan("tensorrt-rtx", plan, tmp_path / "kernels")
+
+
+def test_a_missing_library_names_itself_and_its_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    model = write_hf_folder(tmp_path / "model", "llama")
+    with pytest.raises(SpecError, match=r"target: tensorrt .*pip install tensorrt") as caught:
+        build_engine(model, tmp_path / "out", BuildOptions(capacity=32, target="tensorrt"))
+    assert caught.value.field == "target"
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_capacity_than_the_plans_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(spec_of().to_json())
+    with pytest.raises(SpecError, match=r"capacity: the plan was built for 32 tokens, not 64"):
+        TensorRtEngine(tmp_path, RuntimeOptions(), capacity=64)
