@@ -83,7 +83,7 @@ def _sections() -> dict[str, Any]:
             **POINT,
             "slot_bytes": 300 << 20,
             "replay": [{**SPREAD, "windows": n, "steps": 4 * n} for n in (1, 4)],
-            "copy": {"to_host": SPREAD, "to_device": SPREAD},
+            "copy": {"save": SPREAD, "restore": SPREAD},
         },
         "variant/llama-3-8b/tune=True/overlap=False": {
             **POINT,

@@ -60,7 +60,9 @@ def test_a_run_is_saved_section_by_section_and_resumed(tmp_path: Path) -> None:
     assert status == 0, said
     assert list(resumed["sections"])[:2] == list(document["sections"])
     assert resumed["sections"]["limits/all"] == document["sections"]["limits/all"]
-    assert any(key.startswith("restore/") for key in resumed["sections"])
+    (restored,) = (r for key, r in resumed["sections"].items() if key.startswith("restore/"))
+    assert set(restored["copy"]) == {"save", "restore"}
+    assert [row["windows"] for row in restored["replay"]] == [1, 2]
 
 
 def test_what_no_longer_fits_is_left_for_later(tmp_path: Path) -> None:

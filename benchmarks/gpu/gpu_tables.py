@@ -144,7 +144,8 @@ def _restore(sections: Document) -> Iterator[list[str]]:
         for row in found["replay"]:
             yield [*_names(found), f"replay of {row['windows']} windows", _milliseconds(row)]
         for name, row in found["copy"].items():
-            label = f"copy {name.replace('_', ' ')}, {found['slot_bytes'] / 2**20:,.0f} MiB"
+            way = {"save": "to", "restore": "from"}[name]
+            label = f"copy {way} host memory, {found['slot_bytes'] / 2**20:,.0f} MiB"
             yield [*_names(found), label, _milliseconds(row)]
 
 

@@ -90,7 +90,7 @@ def _restore(axes: Any, results: list[Document]) -> None:
             windows, [row["ms"] for row in found["replay"]], "o-", label=f"replay, {label}"
         )
         if found["copy"]:
-            copied = found["copy"]["to_device"]["ms"]
+            copied = found["copy"]["restore"]["ms"]
             axes.axhline(copied, color=line.get_color(), linestyle="--", label=f"copy, {label}")
     axes.set(yscale="log", xlabel="windows replayed", ylabel="ms until restored")
     axes.set_title("Restoring a cold conversation")

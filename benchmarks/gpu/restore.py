@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.driving import prefill_plans, random_tokens, step_seconds
 from benchmarks.gpu.shapes import SINK_TOKENS, Effort, Point
 from benchmarks.gpu.subject import Subject
 from benchmarks.gpu.summary import spread
-from benchmarks.gpu.timing import device_times
-from engine.protocol import StepPlan
+from benchmarks.gpu.timing import wall_times
+from engine.cuda_slots import PinnedSlots
+from engine.protocol import Engine, SlotCopy, StepPlan
 
 
 def measure_restore(
@@ -20,7 +19,7 @@ def measure_restore(
     """Seconds until the slot is as it was. `cheaper` says which way is quicker at each depth."""
     spec = point.spec
     engine = subject.open(spec, 1)
-    copied = _copies(subject, spec.slot_bytes)
+    copied = _copies(subject, engine, effort.least)
     depths = []
     for count in windows:
         plans = _replay_plans(subject, point, count)
@@ -28,7 +27,7 @@ def measure_restore(
         replay = spread(seconds)
         depth: dict[str, Any] = {"windows": count, **replay, "steps": len(plans)}
         if copied:
-            depth["cheaper"] = "copy" if copied["to_device"]["ms"] < replay["ms"] else "replay"
+            depth["cheaper"] = "copy" if copied["restore"]["ms"] < replay["ms"] else "replay"
         depths.append(depth)
     return {**point.described(), "slot_bytes": spec.slot_bytes, "replay": depths, "copy": copied}
 
@@ -43,12 +42,15 @@ def _replay_plans(subject: Subject, point: Point, windows: int) -> list[StepPlan
     return sinks + prefill_plans(spec, begin, tokens[SINK_TOKENS:], window_start=begin)
 
 
-def _copies(subject: Subject, size: int) -> dict[str, Any]:
-    """One slot's bytes between pinned host memory and the card, as a single copy: the least it can take."""
-    if not subject.device.startswith("cuda"):
+def _copies(subject: Subject, engine: Engine, repetitions: int) -> dict[str, Any]:
+    """A kv_slot to and from the engine's own tier of pinned host memory, each until all of it is done."""
+    slots = getattr(engine, "slots", None)
+    if slots is None:
         return {}
-    there = torch.empty(size, dtype=torch.uint8, device=subject.device).random_()
-    here = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    to_host = device_times(lambda: here.copy_(there, non_blocking=True), subject.device, 10)
-    to_device = device_times(lambda: there.copy_(here, non_blocking=True), subject.device, 10)
-    return {"to_host": spread(to_host), "to_device": spread(to_device)}
+    tier = PinnedSlots(slots, 1)
+    save = SlotCopy("save", kv_slot=0, host_slot=0)
+    restore = SlotCopy("restore", kv_slot=0, host_slot=0)
+    saved = wall_times(lambda: tier.run([save]), subject.device, repetitions)
+    restored = wall_times(lambda: tier.run([restore]), subject.device, repetitions)
+    tier.close()
+    return {"save": spread(saved), "restore": spread(restored)}
