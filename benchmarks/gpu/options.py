@@ -1,0 +1,24 @@
+"""Which of the engine's options the rest of a run uses, by the variants that were measured. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def chosen_options(sections: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """`overlap` and `choices` of `CudaOptions`: those of the variant with the shortest mean step.
+
+    A model without variants of its own takes `overlap` from those of another. Choices are keyed by the
+    layers' shapes, so those of all models go together. Nothing measured: nothing chosen.
+    """
+    variants = [found for key, found in sections.items() if key.startswith("variant/")]
+    if not variants:
+        return {}
+    own = [found for found in variants if found["model"] == model] or variants
+    best = min(own, key=lambda found: found["mean_ms"])
+    choices: dict[str, str] = {}
+    for name in {found["model"] for found in variants}:
+        theirs = [found for found in variants if found["model"] == name]
+        choices |= min(theirs, key=lambda found: found["mean_ms"])["choices"]
+    return {"overlap": best["overlap"], "choices": choices}

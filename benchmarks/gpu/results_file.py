@@ -1,0 +1,78 @@
+"""The results of a run: one JSON document, written anew after each section. A timeout loses nothing."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import machine
+
+FORMAT = 1
+
+
+class WrongResults(ValueError):
+    """A file to resume from that does not belong to this run; the message says what to do."""
+
+
+@dataclass(slots=True)
+class Results:
+    """`document["sections"][key of a task]` is what it measured; `["failed"]`, `["skipped"]` say why not."""
+
+    path: Path
+    document: dict[str, Any]
+
+    @classmethod
+    def new(cls, folder: Path, device: dict[str, Any]) -> Results:
+        """`folder`/gpu-CARD-DATE.json."""
+        day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+        folder.mkdir(parents=True, exist_ok=True)
+        card = "".join(c if c.isalnum() else "-" for c in str(device["name"]).lower()).strip("-")
+        document = {
+            "benchmark": "gpu",
+            "format": FORMAT,
+            "date": day,
+            "machine": f"{device['name']}; {machine()}",
+            "device": device,
+            "sections": {},
+            "failed": {},
+            "skipped": {},
+            "bars": [],
+        }
+        return cls(folder / f"gpu-{card}-{day}.json", document)
+
+    @classmethod
+    def resumed(cls, earlier: Path, folder: Path, device: dict[str, Any]) -> Results:
+        """Go on from `earlier`, writing into `folder`. Raises WrongResults for another card's file."""
+        try:
+            document = json.loads(earlier.read_text())
+        except (OSError, ValueError) as error:
+            raise WrongResults(f"{earlier}: {error}. Start without --resume") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise WrongResults(f"{earlier} is no result of this version. Start without --resume")
+        there = document["device"]["name"]
+        if there != device["name"]:
+            raise WrongResults(
+                f"{earlier} was measured on {there}, this is {device['name']}: figures of two cards "
+                "are not mixed. Start without --resume"
+            )
+        document["failed"], document["skipped"] = {}, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder / earlier.name, document)
+
+    @property
+    def done(self) -> set[str]:
+        return set(self.document["sections"])
+
+    def section(self, key: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.document["sections"].get(key)
+        return found
+
+    def save(self) -> None:
+        """Replace the file in one step."""
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.document, indent=2) + "\n")
+        os.replace(part, self.path)
