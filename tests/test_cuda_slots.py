@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,7 @@ def play(seed: int, ignored: set[tuple[int, int]] | None = None) -> bool:
         kv_slot, host_slot = int(rng.integers(KV_SLOTS)), int(rng.integers(HOST_SLOTS))
         kind = rng.choice(["save", "restore", "step"])
         if kind == "step":
-            lanes.put(STEPS, lambda n=number, k=kv_slot: step(late, seen[0], k, 100 + n))
+            lanes.put(STEPS, functools.partial(step, late, seen[0], kv_slot, 100 + number))
             step(plain, seen[1], kv_slot, 100 + number)
         else:
             copies = (SlotCopy("save" if kind == "save" else "restore", kv_slot, host_slot),)
