@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.conversation import BeginTurn, Checkpoint, Fence, Ownership
+from cluster.store import StoreLimits
 from tests.sim.virtual import report_failure
+
+LIMITS = StoreLimits()
 
 
 class Violation(Exception):
@@ -54,7 +57,7 @@ class Claims:
         self._keeps_leases = keeps_leases
         self._all: list[Claim] = []
         self._under_way: list[Claim] = []
-        self._tries: dict[str, int] = {}
+        self._losses: dict[str, tuple[int, int]] = {}
         self._runs: dict[str, tuple[Run, Claim]] = {}
         self._epochs: dict[int, str] = {}
         self._holder: Claim | None = None
@@ -66,7 +69,9 @@ class Claims:
             other.overlapped = True
         self._all.append(claim)
         self._under_way.append(claim)
-        self._tries[turn.key] = self._tries.get(turn.key, 0) + 1
+        deaths, others = self._losses.get(turn.key, (0, 0))
+        is_dead = turn.steal and not turn.blameless
+        self._losses[turn.key] = deaths + is_dead, others + (not is_dead)
         for key, (run, _) in self._runs.items():
             run.may_end |= key != turn.key
         return claim
@@ -90,9 +95,12 @@ class Claims:
         claim.run.may_end |= any(other.turn.key != turn.key for other in self._under_way)
         claim.lease_s = claim.sent_s + turn.lease_s
         stored, resumed = claim.run.stored, ownership.output_ids.tolist()
-        if resumed[: len(stored)] != (stored[: len(resumed)] if may_lack else stored):
+        if may_lack and resumed[: len(stored)] != stored[: len(resumed)]:
+            self._branch_off(claim, resumed)
+        elif not may_lack and resumed[: len(stored)] != stored:
             raise Violation(f"{turn.key}: resumed with {resumed}, stored were {stored}")
-        stored.extend(resumed[len(stored) :])
+        else:
+            stored.extend(resumed[len(stored) :])
 
     def busy(self, claim: Claim, stored: list[int]) -> None:
         """The turn runs elsewhere, and this much of it is in the store."""
@@ -100,16 +108,19 @@ class Claims:
         if run is not None and stored[: len(run.stored)] == run.stored:
             run.stored.extend(stored[len(run.stored) :])
 
-    def stored(self, checkpoint: Checkpoint, sent_s: float) -> None:
+    def stored(self, checkpoint: Checkpoint, sent_s: float, may_lack: bool) -> None:
         """The store has acknowledged these tokens, sent at this time."""
         claim, tokens = self.by_fence(checkpoint.fence), checkpoint.token_ids.tolist()
         if tokens and claim is self._all[-1]:
-            self._tries[claim.turn.key] = 0
+            self._losses[claim.turn.key] = 0, 0
         # The store writes a lease anew once a quarter of it is used up.
         if claim.lease_s >= 0.0:
             claim.lease_s = max(claim.lease_s, sent_s + 0.75 * checkpoint.lease_s)
         stored = self.run_of(claim).stored
         known = stored[checkpoint.k : checkpoint.k + len(tokens)]
+        if checkpoint.k <= len(stored) and known != tokens[: len(known)] and may_lack:
+            self._branch_off(claim, [*stored[: checkpoint.k], *tokens])
+            return
         if checkpoint.k > len(stored) or known != tokens[: len(known)]:
             raise Violation(f"{claim.turn.key}: {tokens} at {checkpoint.k} of {stored}")
         stored.extend(tokens[len(known) :])
@@ -133,11 +144,12 @@ class Claims:
             raise Violation(f"{claim.turn.key}: the latest claim of all was fenced")
 
     def quarantined(self, claim: Claim, may_lack: bool) -> None:
-        """Refused, as the turn had lost too many owners: it, and one before that stored no token."""
+        """Refused, as the turn had lost too many owners that stored no token."""
         if self._holder is not None:
             self._holder.lease_s = -1.0
-        if self._tries[claim.turn.key] < 2 and not may_lack:
-            raise Violation(f"{claim.turn.key}: quarantined without two lost owners in a row")
+        deaths, others = self._losses[claim.turn.key]
+        if deaths < LIMITS.max_attempts and others <= LIMITS.max_lapses and not may_lack:
+            raise Violation(f"{claim.turn.key}: quarantined after {deaths} deaths")
 
     def shown(
         self, replica: str, key: str, k: int, tokens: tuple[int, ...], may_lack: bool
@@ -168,6 +180,11 @@ class Claims:
         if claim.run is None:
             raise LookupError(f"claim {claim.number} was given nothing")
         return claim.run
+
+    def _branch_off(self, claim: Claim, stored: list[int]) -> None:
+        """A store that went back under a lost owner lets an older one go on, with tokens of its own."""
+        claim.run = Run(list(stored))
+        self._runs[claim.turn.key] = (claim.run, claim)
 
     def _check_lease(self, claim: Claim, ownership: Ownership, now_s: float) -> None:
         holder = self._holder
