@@ -13,7 +13,7 @@ import pytest
 
 from cluster.redis_functions import library_text
 from tests.sim.backends import MemoryBackend, RedisBackend
-from tests.sim.real_replica import REAL
+from tests.sim.real_replica import HASTY, REAL
 from tests.sim.world import KINDS, SMALL, Cast, OpenBackend, Plan, simulate
 from tests.valkey_fixture import ValkeyServer
 
@@ -78,6 +78,18 @@ def test_production_holds_them(chunk: int, on_redis: OpenBackend) -> None:
     assert counts["committed"] > 5 * 18
     for event in ("crash", "restart", "resumed", "repaired"):
         assert counts[event] > 0
+
+
+@pytest.mark.parametrize("kind", ["crash", "pause"])
+def test_production_holds_them_without_checkpoints(kind: str, on_redis: OpenBackend) -> None:
+    """`durability: turn`: a client that keeps what it has seen is shown no other reply."""
+    counts: Counter[str] = Counter()
+    for seed in range(24):
+        outcome = simulate(Plan(seed, kind, noisy=seed % 4 > 0), on_redis, HASTY)
+        assert not outcome.problem, outcome.report()
+        counts += outcome.counts
+    assert counts["resumed"] > 0
+    assert counts["committed"] > 5 * 24
 
 
 @pytest.mark.slow
