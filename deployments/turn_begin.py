@@ -19,6 +19,7 @@ from cluster.conversation import (
     Begun,
     BusyTurn,
     CommittedTurn,
+    Fence,
     Ownership,
     new_nonce,
 )
@@ -211,10 +212,9 @@ class TurnBegin:
                 record = await store.get(turn.tenant, turn.conversation_id)
                 if not record.running or record.owner != turn.replica:
                     return
-                # The same claim again, which tells its fence; of any other it changes nothing.
-                begun = await store.begin(replace(turn, steal=False))
-                if isinstance(begun, Ownership):
-                    await store.abort(turn.tenant, turn.conversation_id, begun.fence)
+                # If the one that runs is another than this, the fence refuses.
+                fence = Fence(record.epoch, turn.nonce)
+                await store.abort(turn.tenant, turn.conversation_id, fence)
                 return
             except StoreUnavailable as error:
                 log.debug("claim of %s not withdrawn yet: %s", turn.conversation_id, error)

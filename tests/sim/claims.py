@@ -99,6 +99,8 @@ class Claims:
         stored, resumed = claim.run.stored, ownership.output_ids.tolist()
         if may_lack and resumed[: len(stored)] != stored[: len(resumed)]:
             self._branch_off(claim, resumed)
+        elif self._is_late(claim, fence) and resumed == stored[: len(resumed)]:
+            return
         elif not may_lack and resumed[: len(stored)] != stored:
             raise Violation(f"{turn.key}: resumed with {resumed}, stored were {stored}")
         else:
@@ -129,13 +131,13 @@ class Claims:
 
     def ends(self, fence: Fence, aborts: bool) -> None:
         """A commit or an abort is about to be sent."""
-        claim = self.by_fence(fence)
+        claim = self._by_nonce(fence)
         # An answer that comes late says nothing about its lease any more.
         claim.lease_s = -1.0
         claim.ending = True
         claim.aborted |= aborts
-        if aborts:
-            self.run_of(claim).may_end = True
+        if aborts and claim.run is not None:
+            claim.run.may_end = True
 
     def fenced(self, fence: Fence, commits: bool) -> None:
         """The store has called this fence an old one: there must have been a later claim, or an end of
@@ -177,11 +179,20 @@ class Claims:
     def by_fence(self, fence: Fence) -> Claim:
         return next(claim for claim in self._all if claim.fence == fence)
 
+    def _by_nonce(self, fence: Fence) -> Claim:
+        """Also of a claim whose answer was lost."""
+        return next(claim for claim in reversed(self._all) if claim.turn.nonce == fence.nonce)
+
     @staticmethod
     def run_of(claim: Claim) -> Run:
         if claim.run is None:
             raise LookupError(f"claim {claim.number} was given nothing")
         return claim.run
+
+    def _is_late(self, claim: Claim, fence: Fence) -> bool:
+        """Whether the turn was taken over again before this answer came."""
+        later = (c.fence for c in self._all if c.run is claim.run and c.fence is not None)
+        return any(other.epoch > fence.epoch for other in later)
 
     def _branch_off(self, claim: Claim, stored: list[int]) -> None:
         """A store that went back under a lost owner lets an older one go on, with tokens of its own."""
