@@ -539,7 +539,7 @@ async def test_a_replica_of_version_2_goes_on_under_this_library(
     keys, minute = keys_of(record.conversation_id)[:2], 60 * 10**6
 
     async def begin(nonce: str) -> list[Any]:
-        args = [ANN, "old", record.fingerprint, nonce, "k", "r", 1, minute, minute]
+        args: list[Any] = [ANN, "old", record.fingerprint, nonce, "k", "r", 1, minute, minute]
         return await functions.call("begin", keys, [*args, "", "", 2, 3000, pack(ids(1, 2))])
 
     assert (await begin("n1"))[0] == b"OK"
@@ -551,7 +551,20 @@ async def test_a_replica_of_version_2_goes_on_under_this_library(
     )
     assert stored == [b"OK"]
     messages = [Message(role, "x").encode() for role in ("user", "assistant")]
-    args = [ANN, epoch, "n2", minute, pack(ids(7)), 4, "0" * 64, "1" * 64, "{}", 3000, 2, 10**6]
+    args: list[Any] = [
+        ANN,
+        epoch,
+        "n2",
+        minute,
+        pack(ids(7)),
+        4,
+        "0" * 64,
+        "1" * 64,
+        "{}",
+        3000,
+        2,
+        10**6,
+    ]
     done = await functions.call("commit", keys, [*args, *messages])
     assert (done[0], done[1][4]) == (b"OK", b"1")
     assert (await begin("n3"))[0] == b"DONE"
