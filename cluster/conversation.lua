@@ -2,7 +2,8 @@
 -- The conversation store as Redis functions. cluster/memory_store.py says the same in Python and is
 -- easier to read; tests/store_contract.py holds both to one contract.
 --
--- A conversation is a hash `sinkserve:{id}:rec` and a list `sinkserve:{id}:log` (transcript). Two
+-- A conversation is a hash `sinkserve:{id}:rec` and two lists: `sinkserve:{id}:log` (transcript), and
+-- `sinkserve:{id}:sys`, where the system messages go that the transcript began with and has dropped. Two
 -- kinds of index live under keys of their own, because they belong to other hash slots:
 -- `sinkserve:history:...` (a string) and `sinkserve:tenant:...` (a sorted set by creation).
 --
@@ -12,20 +13,24 @@
 --   results  what is remembered of turns under their keys, see RESULTS
 --   log      log_start log_end log_bytes
 --   running  see RUNNING                                    (only between begin and its end)
+--   lost     lost_key lost_attempts lost_lapses             (the last turn that another key put an end to)
 --   ended    end_epoch end_nonce end_how                    (how the last claim ended)
 --   gone     the epoch of a conversation that was deleted   (nothing else is left of it)
--- What version 1 did not write (run_key, results, born, ...) counts as none.
+-- What versions 1 and 2 did not write (run_key, results, born, run_lapses, ...) counts as none. Replicas
+-- of version 2 go on for a while under this library, in the midst of an update: arguments and keys that
+-- they do not send come last.
 --
 -- Answers start with a status word. Errors of the protocol are answers, so that error replies mean
 -- trouble with the server alone.
 
-local VERSION = 2
+local VERSION = 3
 local DIGEST = '@DIGEST@'
 -- Output ids are run_output and then run_tail: a token rewrites the short tail alone.
 local RUNNING = {
   'run_nonce', 'run_key', 'run_hash', 'run_owner', 'run_from', 'run_until', 'run_input',
-  'run_output', 'run_tail', 'run_folded', 'run_attempts', 'run_resumed',
+  'run_output', 'run_tail', 'run_folded', 'run_attempts', 'run_lapses', 'run_resumed',
 }
+local LOST = { 'lost_key', 'lost_attempts', 'lost_lapses' }
 local VIEW = {
   'tenant', 'fingerprint', 'sink_tokens', 'window_tokens', 'turn', 'token_count', 'head', 'history',
   'owner', 'epoch', 'created', 'updated', 'metadata', 'result', 'recent_tokens', 'log_end',
@@ -101,13 +106,28 @@ end
 
 local function expire(keys, at)
   local milliseconds = int(math.ceil(at / 1000))
-  redis.call('PEXPIREAT', keys[1], milliseconds)
-  redis.call('PEXPIREAT', keys[2], milliseconds)
+  for _, key in ipairs(keys) do
+    redis.call('PEXPIREAT', key, milliseconds)
+  end
 end
 
 local function extend_lease(keys, now, lease, ttl)
   redis.call('HSET', keys[1], 'run_from', int(now), 'run_until', int(now + lease))
   expire(keys, now + lease + ttl)
+end
+
+local function is_system(message)
+  return message and message:sub(1, 10) == '["system",'
+end
+
+-- Takes the message at position `start` off the transcript, and answers its size. The system messages
+-- that a conversation began with are set aside: with them it would be restarted for another model.
+local function drop_oldest(keys, start)
+  local message = redis.call('LPOP', keys[2])
+  if keys[3] and is_system(message) and redis.call('LLEN', keys[3]) == start then
+    redis.call('RPUSH', keys[3], message)
+  end
+  return #message
 end
 
 -- Appends messages args[first..] to the transcript and drops the oldest beyond the limits.
@@ -120,7 +140,7 @@ local function append(keys, args, first, max_messages, max_bytes)
     bytes = bytes + #args[i]
   end
   while length > max_messages or bytes > max_bytes do
-    bytes = bytes - #redis.call('LPOP', keys[2])
+    bytes = bytes - drop_oldest(keys, start)
     length = length - 1
     start = start + 1
   end
@@ -132,6 +152,17 @@ end
 
 local function forget_running(key)
   redis.call('HDEL', key, unpack(RUNNING))
+end
+
+-- Forgets a turn whose lease is over, but not how many owners it has lost.
+local function set_aside(key, fields)
+  forget_running(key)
+  if fields.run_key then
+    redis.call(
+      'HSET', key, 'lost_key', fields.run_key,
+      'lost_attempts', fields.run_attempts or 0, 'lost_lapses', fields.run_lapses or 0
+    )
+  end
 end
 
 local function end_claim(keys, epoch, nonce, how, now, ttl)
@@ -286,6 +317,21 @@ local function get(keys, args)
   return { 'OK', view(keys[1], now) }
 end
 
+-- args: tenant. The system messages that the conversation began with.
+local function system_messages(keys, args)
+  local fields = owned(keys[1], args[1], 'log_start')
+  if not fields then
+    return missing(keys[1])
+  end
+  local messages = redis.call('LRANGE', keys[3], 0, -1)
+  local aside, i = #messages, 0
+  while tonumber(fields.log_start) == aside and is_system(redis.call('LINDEX', keys[2], i)) do
+    messages[#messages + 1] = redis.call('LINDEX', keys[2], i)
+    i = i + 1
+  end
+  return { 'OK', messages }
+end
+
 -- args: tenant limit before|''
 local function transcript(keys, args)
   local fields = owned(keys[1], args[1], 'log_start')
@@ -309,7 +355,8 @@ local function ownership(keys, now, lease, ttl)
   local fields = read(keys[1], { 'sinks', 'recent', unpack(RUNNING) })
   return {
     'OK', view(keys[1], now), fields.sinks, fields.recent, fields.run_input, output_of(fields),
-    tonumber(fields.run_attempts or 0), tonumber(fields.run_resumed or 0),
+    tonumber(fields.run_attempts or 0) + tonumber(fields.run_lapses or 0),
+    tonumber(fields.run_resumed or 0),
   }
 end
 
@@ -331,21 +378,30 @@ local function recall(key, run_key, hash)
   end
 end
 
--- Gives up a running turn that has lost its last owner without getting anywhere.
-local function quarantine(keys, fields, now, ttl, max_bytes)
-  local result = {
-    fields.run_key, fields.run_hash or '', tonumber(fields.turn), fields.head, 0, 0, '', '{}', 1,
-  }
-  end_claim(keys, fields.epoch, fields.run_nonce, 'abort', now, ttl)
-  add_result(keys[1], result, max_bytes)
+-- Gives up a turn that has lost its last owner without getting anywhere.
+local function quarantine(keys, fields, run_key, hash, max_bytes)
+  add_result(keys[1], {
+    run_key, hash, tonumber(fields.turn), fields.head, 0, 0, '', '{}', 1,
+  }, max_bytes)
   return { 'QUARANTINED' }
 end
 
+-- The counts of a turn that has lost one more owner, and whether they are too many. Of owners that were
+-- seen dead the turn may be the death; of those that let go, or whose lease ran out, mostly not.
+local function count_loss(attempts, lapses, args)
+  local is_dead = args[7] == '1' and args[15] ~= '1'
+  attempts = tonumber(attempts or 0) + (is_dead and 1 or 0)
+  lapses = tonumber(lapses or 0) + (is_dead and 0 or 1)
+  local too_many = attempts >= tonumber(args[12]) or lapses >= tonumber(args[16] or args[12])
+  return attempts, lapses, too_many
+end
+
 -- args: tenant replica fingerprint nonce key hash steal lease ttl expect_turn|'' expect_head|''
---       max_attempts max_result_bytes input
+--       max_attempts max_result_bytes input blameless max_lapses
 local function begin(keys, args)
   local fields = owned(
-    keys[1], args[1], 'fingerprint', 'turn', 'head', 'epoch', 'end_nonce', unpack(RUNNING)
+    keys[1], args[1], 'fingerprint', 'turn', 'head', 'epoch', 'end_nonce', 'lost_key',
+    'lost_attempts', 'lost_lapses', unpack(RUNNING)
   )
   if not fields then
     return missing(keys[1])
@@ -376,13 +432,14 @@ local function begin(keys, args)
     elseif model_changed then
       return { 'MODEL_CHANGED' }
     end
-    local attempts = tonumber(fields.run_attempts) + 1
-    if attempts >= tonumber(args[12]) then
-      return quarantine(keys, fields, now, ttl, tonumber(args[13]))
+    local attempts, lapses, too_many = count_loss(fields.run_attempts, fields.run_lapses, args)
+    if too_many then
+      end_claim(keys, fields.epoch, fields.run_nonce, 'abort', now, ttl)
+      return quarantine(keys, fields, args[5], args[6], tonumber(args[13]))
     end
     redis.call(
       'HSET', keys[1], 'epoch', next_epoch(fields, now), 'run_nonce', args[4],
-      'run_owner', args[2], 'run_attempts', attempts, 'run_resumed', 1
+      'run_owner', args[2], 'run_attempts', attempts, 'run_lapses', lapses, 'run_resumed', 1
     )
     return ownership(keys, now, lease, ttl)
   elseif model_changed then
@@ -394,11 +451,19 @@ local function begin(keys, args)
   elseif live then
     return { 'CONFLICT', tonumber(fields.run_until) - now }
   end
-  forget_running(keys[1])
+  local attempts, lapses, too_many = 0, 0, false
+  if fields.lost_key == args[5] then
+    attempts, lapses, too_many = count_loss(fields.lost_attempts, fields.lost_lapses, args)
+    redis.call('HDEL', keys[1], unpack(LOST))
+  end
+  set_aside(keys[1], fields)
+  if too_many then
+    return quarantine(keys, fields, args[5], args[6], tonumber(args[13]))
+  end
   redis.call(
     'HSET', keys[1], 'epoch', next_epoch(fields, now), 'run_nonce', args[4],
-    'run_key', args[5], 'run_hash', args[6], 'run_owner', args[2], 'run_attempts', 0,
-    'run_input', args[14]
+    'run_key', args[5], 'run_hash', args[6], 'run_owner', args[2], 'run_attempts', attempts,
+    'run_lapses', lapses, 'run_input', args[14]
   )
   return ownership(keys, now, lease, ttl)
 end
@@ -428,10 +493,10 @@ local function checkpoint(keys, args)
     ids = ids:sub(#again + 1)
   end
   if #ids > 0 and #tail + #ids <= MAX_TAIL_BYTES then
-    redis.call('HSET', keys[1], 'run_tail', tail .. ids, 'run_attempts', 0)
+    redis.call('HSET', keys[1], 'run_tail', tail .. ids, 'run_attempts', 0, 'run_lapses', 0)
   elseif #ids > 0 then
     local output = (redis.call('HGET', keys[1], 'run_output') or '') .. tail .. ids
-    redis.call('HSET', keys[1], 'run_attempts', 0, split(output))
+    redis.call('HSET', keys[1], 'run_attempts', 0, 'run_lapses', 0, split(output))
   end
   local now, lease = clock(), tonumber(args[4])
   if not is_live(fields, now) or tonumber(fields.run_until) - now < 0.75 * lease then
@@ -546,6 +611,10 @@ local function cut_transcript(keys, fields, first)
   local start, bytes = tonumber(fields.log_start or 0), tonumber(fields.log_bytes or 0)
   local length = redis.call('LLEN', keys[2])
   if first < start or first > start + length then
+    while is_system(redis.call('LINDEX', keys[2], 0)) do
+      drop_oldest(keys, start)
+      start = start + 1
+    end
     redis.call('DEL', keys[2])
     return first, 0
   end
@@ -645,7 +714,7 @@ local function rebase(keys, args)
       return { 'CONFLICT', tonumber(fields.run_until) - now }
     end
     local results = results_of(keys[1])
-    forget_running(keys[1])
+    set_aside(keys[1], fields)
     redis.call(
       'HSET', keys[1],
       'fingerprint', args[3], 'sink_tokens', args[4], 'window_tokens', args[5],
@@ -668,7 +737,7 @@ local function delete(keys, args)
   if not fields then
     return missing(keys[1])
   end
-  redis.call('DEL', keys[1], keys[2])
+  redis.call('DEL', unpack(keys))
   redis.call('HSET', keys[1], 'gone', fields.epoch)
   expire(keys, clock() + tonumber(args[2]))
   return { 'OK' }
@@ -786,6 +855,7 @@ register('pulse', pulse, 'no-writes')
 register('wake', wake, 'allow-oom')
 register('get', get, 'no-writes')
 register('transcript', transcript, 'no-writes')
+register('system_messages', system_messages, 'no-writes')
 register_write('create', create)
 register_write('begin', begin)
 register_write('checkpoint', checkpoint, 'allow-oom')

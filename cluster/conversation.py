@@ -186,7 +186,8 @@ class BeginTurn:
     `nonce` names the claim: sending the same claim again returns the same ownership. `key` names the
     turn, whoever claims it: the client's idempotency key, or one made for the request ("" means the
     nonce). `request_hash` tells one request from another under the same key. `steal` says that the
-    owner of a running turn of this key is gone: it is taken over before its lease ends.
+    owner of a running turn of this key is gone: it is taken over before its lease ends. `blameless`: it
+    was not seen dead, but let go of the turn, or went silent.
     """
 
     conversation_id: str
@@ -201,6 +202,7 @@ class BeginTurn:
     key: str = ""
     request_hash: str = ""
     steal: bool = False
+    blameless: bool = False
 
 
 @dataclass(frozen=True, slots=True)

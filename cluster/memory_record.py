@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from cluster.conversation import (
     GENESIS,
+    BeginTurn,
     Conversation,
     Fence,
     Message,
@@ -25,7 +27,8 @@ NO_IDS: TokenIds = np.empty(0, dtype=np.int32)
 
 @dataclass(slots=True)
 class RunningTurn:
-    """A turn between begin and commit or abort. `attempts`: takeovers since it last stored a token."""
+    """A turn between begin and commit or abort. Since it last stored a token it has lost `attempts`
+    owners to their death, and `lapses` otherwise."""
 
     fence: Fence
     replica: str
@@ -36,6 +39,7 @@ class RunningTurn:
     lease_from_s: float = 0.0
     lease_until_s: float = 0.0
     attempts: int = 0
+    lapses: int = 0
     resumed: bool = False
 
     def is_live(self, now_s: float) -> bool:
@@ -47,10 +51,19 @@ class RunningTurn:
         stored = self.output_ids[k : k + len(output_ids)]
         return bool(np.array_equal(stored, output_ids[: len(stored)]))
 
+    def bereft(self, turn: BeginTurn, limits: StoreLimits) -> RunningTurn | None:
+        """The turn after the loss of one more owner, None after too many."""
+        is_dead = turn.steal and not turn.blameless
+        attempts, lapses = self.attempts + is_dead, self.lapses + (not is_dead)
+        if attempts >= limits.max_attempts or lapses >= limits.max_lapses:
+            return None
+        return replace(self, attempts=attempts, lapses=lapses)
+
 
 @dataclass(slots=True)
 class Record:
-    """All that is kept of one conversation."""
+    """All that is kept of one conversation. `lost`: the last turn that another key put an end to.
+    `system`: messages that the transcript began with and has dropped."""
 
     new: NewConversation
     history: str
@@ -64,12 +77,14 @@ class Record:
     first_epoch: int = 0
     replay: ReplayLog = field(default_factory=lambda: ReplayLog(NO_IDS, NO_IDS, 0))
     running: RunningTurn | None = None
+    lost: RunningTurn | None = None
     ended: tuple[Fence, Literal["commit", "abort"]] | None = None
     result: dict[str, Any] = field(default_factory=dict)
     results: list[RememberedTurn] = field(default_factory=list)
     indexed: tuple[str, ...] = ()
     transcript: list[Message] = field(default_factory=list)
     transcript_start: int = 0
+    system: list[Message] = field(default_factory=list)
 
     def remembered(self, key: str) -> RememberedTurn | None:
         """The turn that was committed or given up under `key`."""
@@ -102,8 +117,21 @@ class Record:
         kept.extend(messages)
         size = sum(len(message.encode()) for message in kept)
         while len(kept) > limits.transcript_messages or size > limits.transcript_bytes:
-            size -= len(kept.pop(0).encode())
-            self.transcript_start += 1
+            size -= len(self._drop_oldest().encode())
+
+    def _drop_oldest(self) -> Message:
+        oldest = self.transcript.pop(0)
+        if oldest.role == "system" and len(self.system) == self.transcript_start:
+            self.system.append(oldest)
+        self.transcript_start += 1
+        return oldest
+
+    def system_messages(self) -> list[Message]:
+        """Those that the conversation began with."""
+        if len(self.system) < self.transcript_start:
+            return list(self.system)
+        kept = itertools.takewhile(lambda message: message.role == "system", self.transcript)
+        return [*self.system, *kept]
 
     def view(self, now_s: float) -> Conversation:
         """The record as callers see it."""
@@ -155,10 +183,12 @@ def repaired(snapshot: Snapshot, known: Record | None, now_s: float, limits: Sto
     older = [result for result in known.results if result.key not in keys] if known else []
     older = [result for result in older if _is_of(result, snapshot)]
     before: list[Message] = []
+    system = known.system_messages() if known else []
     start = snapshot.first_message
     if known and known.transcript_start <= start <= known.transcript_start + len(known.transcript):
         before = known.transcript[: start - known.transcript_start]
         start = known.transcript_start
+        system = list(known.system)
     record = Record(
         new=new,
         history=last.history,
@@ -177,6 +207,8 @@ def repaired(snapshot: Snapshot, known: Record | None, now_s: float, limits: Sto
         indexed=known.indexed if known else (),
         transcript=before,
         transcript_start=start,
+        lost=known.lost if known else None,
+        system=system,
     )
     record.prune(limits)
     record.append(snapshot.messages, limits)

@@ -114,6 +114,9 @@ class MemoryStore:
         first = max(oldest, end - limit)
         return first, record.transcript[first - oldest : end - oldest]
 
+    async def system_messages(self, tenant: str, conversation_id: str) -> Sequence[Message]:
+        return self._owned(tenant, conversation_id).system_messages()
+
     async def begin(self, turn: BeginTurn) -> Begun:
         self._limits.check_claim(turn)
         record = self._owned(turn.tenant, turn.conversation_id)
@@ -140,9 +143,7 @@ class MemoryStore:
         self._check_expected(record, turn)
         if running and live:
             raise Conflict(running.lease_until_s - self._clock())
-        fence = self._next_fence(record, turn.nonce)
-        started = RunningTurn(fence, turn.replica, key, turn.request_hash, turn.input_ids)
-        return self._ownership(record, started, turn.lease_s)
+        return self._start(record, turn, key)
 
     async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
         return [self._checkpointed(one) for one in batch]
@@ -213,6 +214,7 @@ class MemoryStore:
         if new != record.new:
             if record.running and record.running.is_live(now_s):
                 raise Conflict(record.running.lease_until_s - now_s)
+            record.lost = record.running or record.lost
             record.new, record.running, record.owner = new, None, ""
             record.replay = ReplayLog(NO_IDS, NO_IDS, 0)
             record.epoch = self._next_epoch(record, now_s)
@@ -308,23 +310,37 @@ class MemoryStore:
         remaining_s = running.lease_until_s - self._clock()
         return BusyTurn(running.replica, record.turn + 1, running.output_ids, remaining_s)
 
-    def _take_over(self, record: Record, running: RunningTurn, turn: BeginTurn) -> Ownership:
-        if running.attempts + 1 >= self._limits.max_attempts:
-            self._end(record, running.fence, "abort")
-            given_up = RememberedTurn(
-                *(running.key, running.request_hash, record.turn, record.head, 0, NO_IDS, {}),
-                quarantined=True,
-            )
-            self._remember(record, given_up)
-            raise Quarantined(turn.conversation_id)
-        taken = replace(
-            running,
-            fence=self._next_fence(record, turn.nonce),
-            replica=turn.replica,
-            attempts=running.attempts + 1,
-            resumed=True,
+    def _start(self, record: Record, turn: BeginTurn, key: str) -> Ownership:
+        started = RunningTurn(
+            Fence(0, turn.nonce), turn.replica, key, turn.request_hash, turn.input_ids
         )
+        again, lost = record.lost, record.running or record.lost
+        bereft: RunningTurn | None = started
+        if again is not None and again.key == key:
+            counts = replace(started, attempts=again.attempts, lapses=again.lapses)
+            bereft, lost = counts.bereft(turn, self._limits), record.running
+        record.running, record.lost = None, lost
+        if bereft is None:
+            raise self._given_up(record, key, turn)
+        bereft.fence = self._next_fence(record, turn.nonce)
+        return self._ownership(record, bereft, turn.lease_s)
+
+    def _take_over(self, record: Record, running: RunningTurn, turn: BeginTurn) -> Ownership:
+        bereft = running.bereft(turn, self._limits)
+        if bereft is None:
+            self._end(record, running.fence, "abort")
+            raise self._given_up(record, running.key, turn)
+        fence = self._next_fence(record, turn.nonce)
+        taken = replace(bereft, fence=fence, replica=turn.replica, resumed=True)
         return self._ownership(record, taken, turn.lease_s)
+
+    def _given_up(self, record: Record, key: str, turn: BeginTurn) -> Quarantined:
+        given_up = RememberedTurn(
+            *(key, turn.request_hash, record.turn, record.head, 0, NO_IDS, {}),
+            quarantined=True,
+        )
+        self._remember(record, given_up)
+        return Quarantined(turn.conversation_id)
 
     def _ownership(self, record: Record, running: RunningTurn, lease_s: float) -> Ownership:
         record.running = running
@@ -335,7 +351,7 @@ class MemoryStore:
             replay=record.replay,
             input_ids=running.input_ids,
             output_ids=running.output_ids,
-            attempt=running.attempts,
+            attempt=running.attempts + running.lapses,
             resumed=running.resumed,
         )
 
@@ -370,7 +386,7 @@ class MemoryStore:
         fresh = one.token_ids[stored - one.k :].astype(np.int32)
         if len(fresh):
             running.output_ids = np.concatenate([running.output_ids, fresh])
-            running.attempts = 0
+            running.attempts = running.lapses = 0
         now_s = self._clock()
         if not running.is_live(now_s) or running.lease_until_s - now_s < 0.75 * one.lease_s:
             self._extend_lease(record, running, one.lease_s)

@@ -40,8 +40,8 @@ from cluster.store import (
 
 
 def keys_of(conversation_id: str) -> list[str]:
-    """The record and the transcript; one hash tag, so one server."""
-    return [f"sinkserve:{{{conversation_id}}}:rec", f"sinkserve:{{{conversation_id}}}:log"]
+    """The record, the transcript, and what of it is kept apart; one hash tag, so one server."""
+    return [f"sinkserve:{{{conversation_id}}}:{part}" for part in ("rec", "log", "sys")]
 
 
 def tenant_key(tenant: str) -> str:

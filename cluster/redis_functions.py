@@ -17,7 +17,7 @@ from cluster.redis_servers import Argument, Command, Servers, open_servers
 from cluster.store import StoreError, StoreUnavailable, StoreVersionError
 
 LIBRARY = "sinkserve"
-LIBRARY_VERSION = 2
+LIBRARY_VERSION = 3
 
 RESTARTED = b"RESTARTED"
 

@@ -135,6 +135,12 @@ class RedisStore:
         )
         return first, [Message.decode(message) for message in messages]
 
+    async def system_messages(self, tenant: str, conversation_id: str) -> Sequence[Message]:
+        [messages] = await self._call(
+            "system_messages", keys_of(conversation_id), [tenant], conversation_id
+        )
+        return [Message.decode(message) for message in messages]
+
     async def begin(self, turn: BeginTurn) -> Begun:
         self._limits.check_claim(turn)
         answer = await self._functions.call(
@@ -147,7 +153,7 @@ class RedisStore:
                 "" if turn.expect_turn is None else turn.expect_turn,
                 turn.expect_head or "",
                 *(self._limits.max_attempts, self._limits.results_bytes),
-                pack(turn.input_ids),
+                *(pack(turn.input_ids), int(turn.blameless), self._limits.max_lapses),
             ],
         )
         match answer:

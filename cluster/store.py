@@ -150,7 +150,9 @@ class StoreLimits:
     transcript_messages: int = 1000
     transcript_bytes: int = 1024 * 1024
     max_attempts: int = 2
-    """Runs of a turn in a row that store no token."""
+    """Owners in a row of a turn that are seen dead before they store a token of it."""
+    max_lapses: int = 6
+    """Owners in a row of a turn that go otherwise before they do: their lease ran out, or they let go."""
     recovery_s: float = 2.5
     """After a restart, before others than owners may write."""
 
@@ -222,6 +224,11 @@ class ConversationStore(Protocol):
         Raises NotFound, Recovering."""
         ...
 
+    async def system_messages(self, tenant: str, conversation_id: str) -> Sequence[Message]:
+        """The system messages that the conversation began with, also those that the transcript has
+        dropped since. Raises NotFound, Recovering."""
+        ...
+
     async def begin(self, turn: BeginTurn) -> Begun:
         """Claim the next turn, or find out what became of it; stores the input ids before any work is
         done on them. In this order:
@@ -233,13 +240,14 @@ class ConversationStore(Protocol):
           Quarantined, as long as its result is remembered;
         - the key is running: KeyReused when the request differs, BusyTurn while its lease lasts, unless
           `steal`; then it is taken over (ModelChanged for another model): Ownership with the stored
-          input and the tokens so far, whatever was expected, or Quarantined when that would be
-          takeover number `max_attempts` in a row without a stored token; the conversation is then
-          free again;
+          input and the tokens so far, whatever was expected, or Quarantined when it has now lost
+          `max_attempts` owners to their death or `max_lapses` otherwise, in a row and without a
+          stored token; the conversation is then free again;
         - the record is another model's: ModelChanged;
         - `expect_turn` / `expect_head` are stale: TurnConflict;
-        - another key is running: Conflict while its lease lasts; later its turn is forgotten;
-        - Ownership of a new turn.
+        - another key is running: Conflict while its lease lasts; later its turn is forgotten, but for
+          how many owners it has lost;
+        - Ownership of a new turn, or Quarantined: that turn, begun anew, goes on counting.
 
         Raises NotFound, Fenced, KeyReused, Quarantined, ModelChanged, TurnTooLong, TurnConflict, Conflict,
         Recovering.

@@ -120,8 +120,7 @@ class ConversationRecords:
         configuration refuses that, `conversation_busy` while a turn is running."""
         if self._config.on_model_change == "refuse":
             raise ServiceError(ErrorInfo("model_changed", MODEL_CHANGED, "conversation"))
-        _, messages = await self._transcript(record)
-        sink_tokens = self._sink_tokens(leading_system(messages))
+        sink_tokens = self._sink_tokens(await self._system(record))
         rebase = Rebase(
             conversation_id=record.conversation_id,
             tenant=record.tenant,
@@ -136,15 +135,15 @@ class ConversationRecords:
 
     async def next_input(self, record: Conversation, fresh: tuple[Message, ...]) -> TokenIds:
         """`fresh` as the next turn's input. Where the record holds no tokens it comes after the
-        transcript: all of it in a new conversation, in a restarted one as many of the last messages as
-        fit half the limit."""
+        transcript: all of it in a new conversation, in a restarted one its system messages and as many of
+        the last ones as fit half the limit."""
         if record.token_count:
             return await self.encode(self._codec.encode_turn, fresh)
         first, messages = await self._transcript(record)
         if not record.turn:
             return await self.encode(self._codec.encode_opening, (*messages, *fresh))
-        system = leading_system(messages) if first == 0 else ()
-        recent = await self._recent(system, messages[len(system) :])
+        system = await self._system(record)
+        recent = await self._recent(system, messages[max(0, len(system) - first) :])
         return await self.encode(self._codec.encode_opening, (*system, *recent, *fresh))
 
     async def encode(self, encode: Encode, messages: Sequence[Message]) -> TokenIds:
@@ -201,6 +200,11 @@ class ConversationRecords:
                 record.tenant, record.conversation_id, MAX_TRANSCRIPT_MESSAGES
             )
         return first, tuple(messages)
+
+    async def _system(self, record: Conversation) -> tuple[Message, ...]:
+        """With which the conversation began, however long ago."""
+        async with store_errors(record.conversation_id):
+            return tuple(await self._store.system_messages(record.tenant, record.conversation_id))
 
     async def _recent(
         self, system: tuple[Message, ...], messages: tuple[Message, ...]

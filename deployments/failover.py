@@ -32,8 +32,8 @@ from deployments.turn_call import (
 
 log = logging.getLogger(__name__)
 
-Loss = Literal["dead", "unreachable", "given_up", "refused"]
-"""Died, or went silent; may be alive behind a bad network; kept the turn for another; said no."""
+Loss = Literal["dead", "silent", "unreachable", "given_up", "refused"]
+"""Died; hangs; may be alive behind a bad network; kept the turn for another; said no."""
 
 _WAITED_OUT = frozenset({"overloaded", "not_ready", "conversation_busy", "store_recovering"})
 
@@ -71,6 +71,16 @@ class ReplicaUnreachable(ServiceError):
 
     def __reduce__(self) -> tuple[type[ReplicaUnreachable], tuple[()]]:
         return ReplicaUnreachable, ()
+
+
+class ReplicaHangs(ServiceError):
+    """The replica has let its lease run out: it lives, and does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(replica_lost_info())
+
+    def __reduce__(self) -> tuple[type[ReplicaHangs], tuple[()]]:
+        return ReplicaHangs, ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +123,7 @@ class FailoverTurns:
                 async with aclosing(self._engine.turn(attempts.call())) as items:
                     async for item in _unless_silent(items, attempts):
                         if isinstance(item, TurnRefused):
-                            loss: Loss = "given_up" if item.resumable else "refused"
-                            raise _Broken(item.error, loss)
+                            raise _Broken(item.error, _loss_of(item))
                         shown = attempts.take(item)
                         if shown is not None:
                             yield shown
@@ -125,11 +134,19 @@ class FailoverTurns:
                 pause_s = attempts.pause_s(broken.info, broken.loss)
             except ReplicaUnreachable as error:
                 pause_s = attempts.pause_s(error.info, "unreachable")
+            except ReplicaHangs as error:
+                pause_s = attempts.pause_s(error.info, "silent")
             except ServiceError as error:
                 lost = error.info.code == "replica_lost"
                 pause_s = attempts.pause_s(error.info, "dead" if lost else "refused")
             self._on_failover(attempts.last_code)
             await asyncio.sleep(pause_s)
+
+
+def _loss_of(refused: TurnRefused) -> Loss:
+    if not refused.resumable:
+        return "refused"
+    return "dead" if refused.fatal else "given_up"
 
 
 async def _unless_silent(
@@ -168,6 +185,7 @@ class _Attempts:
         self._replica = ""
         self._avoid = call.avoid
         self._steal = call.steal
+        self._blameless = call.blameless
         self._tries = 0
         self._unreachable = 0
         self.last_code = ""
@@ -184,6 +202,7 @@ class _Attempts:
         return dataclasses.replace(
             self._call,
             steal=self._steal,
+            blameless=self._steal and self._blameless,
             shown_ids=tuple(self._shown),
             avoid=self._avoid,
             timeout_s=max(0.0, self._deadline_s - self._clock()),
@@ -217,7 +236,7 @@ class _Attempts:
         if info.code == "store_recovering":
             pause_s = min(info.retry_after_s or policy.max_pause_s, policy.max_pause_s)
             tried = self._tries >= policy.max_tries
-        elif loss == "dead" and self._tries == 1:
+        elif loss in ("dead", "silent") and self._tries == 1:
             pause_s = 0.0
         late = now_s + pause_s >= min(self._deadline_s, self._progress_s + policy.give_up_s)
         if tried or (patient and late):
@@ -233,8 +252,11 @@ class _Attempts:
         cannot_join = self._unreachable > 0 and code == "conversation_busy"
         if loss == "unreachable" or cannot_join:
             self._unreachable += 1
-        silent = loss == "dead" or self._unreachable > 1
+        silent = loss in ("dead", "silent") or self._unreachable > 1
+        # Who has seen it dead once, since somebody last took the turn, holds the turn responsible.
+        blamed = loss == "dead" or (self._steal and not self._blameless)
         self._steal = self._steal or silent or loss == "given_up"
+        self._blameless = not blamed
         if loss != "unreachable" or silent:
             self._avoid = self._replica or (self._call.owner_hint if silent else "")
 

@@ -14,8 +14,7 @@ from contextlib import aclosing
 
 from cluster.store import ConversationStore, StoreError
 from deployments.chat_service import ReplicaClient
-from deployments.errors import ServiceError
-from deployments.failover import replica_lost_info
+from deployments.failover import ReplicaHangs
 from deployments.turn_call import FollowCall, ReplicaStats, TurnAccepted, TurnCall, TurnItem
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class WatchedReplicas:
         return await self._replicas.stats()
 
     async def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
-        """See `EngineClient.turn`. Raises ServiceError `replica_lost` for a replica that hangs."""
+        """See `EngineClient.turn`. Raises ReplicaHangs."""
         async with aclosing(self._watched(self._replicas.turn(call), call)) as items:
             async for item in items:
                 yield item
@@ -82,7 +81,7 @@ class WatchedReplicas:
                         log.warning(
                             "the replica of %s hangs: its lease is over", call.conversation_id
                         )
-                        raise ServiceError(replica_lost_info())
+                        raise ReplicaHangs
         except StopAsyncIteration:
             return
         finally:

@@ -15,6 +15,7 @@ from deployments.failover import replica_lost_info
 from deployments.metrics import ServiceMetrics
 from deployments.turn_call import TurnAccepted, TurnDone, TurnItem, TurnRefused, TurnTokens
 from deployments.turn_identity import EventId
+from deployments.turn_log import CONTRADICTED
 
 log = logging.getLogger(__name__)
 
@@ -210,9 +211,9 @@ class OpenTurn:
         if self._decoding.may_cut and len(self._token_ids) >= len(done.output_ids):
             # A tokenizer that normalises text can have no ids for exactly the text before the cut.
             return held
+        # A store that went back while its owner was gone has let another one say something else.
         log.error("turn %d: the text shown is not what was committed", done.turn)
-        message = "The reply was committed with another text than was shown; read the conversation."
-        raise ServiceError(ErrorInfo("internal_error", message))
+        raise ServiceError(CONTRADICTED)
 
     def _take(self, tokens: TurnTokens) -> str:
         if tokens.k != len(self._token_ids):

@@ -30,6 +30,8 @@ class OpeningStore(Protocol):
         self, tenant: str, conversation_id: str, limit: int = 100, before: int | None = None
     ) -> tuple[int, Sequence[Message]]: ...
 
+    async def system_messages(self, tenant: str, conversation_id: str) -> Sequence[Message]: ...
+
     async def rebase(self, rebase: Rebase) -> Conversation: ...
 
     async def delete(self, tenant: str, conversation_id: str) -> None: ...
@@ -57,6 +59,9 @@ class PatientStore:
         return await self._waiting(
             lambda: self._store.transcript(tenant, conversation_id, limit, before)
         )
+
+    async def system_messages(self, tenant: str, conversation_id: str) -> Sequence[Message]:
+        return await self._waiting(lambda: self._store.system_messages(tenant, conversation_id))
 
     async def rebase(self, rebase: Rebase) -> Conversation:
         return await self._waiting(lambda: self._store.rebase(rebase))

@@ -18,7 +18,7 @@ from cluster.store import ConversationStore
 from deployments import openai_reply as reply
 from deployments.conversation_records import ChatCodec, FrontConfig
 from deployments.errors import ErrorInfo, ServiceError
-from deployments.failover import EngineClient
+from deployments.failover import EngineClient, replica_lost_info
 from deployments.metrics import ServiceMetrics
 from deployments.open_turn import Decoding, OpenTurn, TurnItems
 from deployments.store_errors import store_errors
@@ -145,18 +145,27 @@ class Rejoiner:
         self, tenant: str, conversation_id: str, after: EventId | None
     ) -> OpenTurn | CommittedReply:
         """One look. Raises as `open`."""
-        async with store_errors(conversation_id):
-            record = await self._store.get(tenant, conversation_id)
-        latest = record.turn + 1 if record.running else record.turn
-        wanted = latest if after is None else after.turn
+        wanted = None if after is None else after.turn
         seen_chars = 0 if after is None else after.chars
-        if record.running and wanted == latest:
-            return await self._follow(record, seen_chars)
-        if wanted == record.turn > 0:
-            return await self._committed(record, seen_chars)
-        raise ServiceError(_no_turn(record, wanted))
+        for pause_s in _RETRY_PAUSES_S:
+            async with store_errors(conversation_id):
+                record = await self._store.get(tenant, conversation_id)
+            latest = record.turn + 1 if record.running else record.turn
+            if wanted in (None, latest) and record.running:
+                followed = await self._follow(record, seen_chars)
+                if followed is not None:
+                    return followed
+                # Its owner has come to the next turn since the record was read.
+                wanted = wanted or latest
+                await asyncio.sleep(pause_s)
+            elif wanted in (None, record.turn) and record.turn:
+                return await self._committed(record, seen_chars)
+            else:
+                raise ServiceError(_no_turn(record, wanted or 0))
+        raise ServiceError(replica_lost_info())
 
-    async def _follow(self, record: Conversation, seen_chars: int) -> OpenTurn:
+    async def _follow(self, record: Conversation, seen_chars: int) -> OpenTurn | None:
+        """The turn after `record`; None when another one runs by now."""
         call = FollowCall(
             record.tenant, record.conversation_id, record.owner, self._config.turn_timeout_s
         )
@@ -166,6 +175,9 @@ class Rejoiner:
         except BaseException:
             await items.close()
             raise
+        if accepted.turn != record.turn + 1:
+            await items.close()
+            return None
         head = self._head(record, accepted.turn, accepted.completion_id, accepted.created_s)
         codec = self._codec
 
@@ -184,7 +196,10 @@ class Rejoiner:
 
     async def _committed(self, record: Conversation, seen_chars: int) -> CommittedReply:
         async with store_errors(record.conversation_id):
-            _, messages = await self._store.transcript(record.tenant, record.conversation_id, 1)
+            # Not the last one of now: another turn may have been committed since.
+            _, messages = await self._store.transcript(
+                record.tenant, record.conversation_id, 1, before=record.num_messages
+            )
         text = messages[-1].content if messages else ""
         result = record.result
         completion_id = str(result.get("completion_id", ""))

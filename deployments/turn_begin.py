@@ -2,13 +2,16 @@
 
 begin -> committed before                   its result once more
       -> busy at another replica            show what is stored, ask again -> ...
+      -> busy here, of which we know nothing   the answer to an earlier begin was lost: take it over
       -> ours: new, or resumed with its tokens so far
+      -> no answer                          refused; if it had begun, that is undone later
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from dataclasses import replace
 
 from cluster.conversation import (
@@ -16,10 +19,11 @@ from cluster.conversation import (
     Begun,
     BusyTurn,
     CommittedTurn,
+    Fence,
     Ownership,
     new_nonce,
 )
-from cluster.store import Recovering
+from cluster.store import Recovering, StoreError, StoreUnavailable
 from deployments.store_errors import store_errors
 from deployments.turn_call import TurnAccepted, TurnCall, TurnDone, TurnUsage
 from deployments.turn_claim import TurnClaim
@@ -28,8 +32,11 @@ from deployments.turn_host import TurnHost
 from deployments.turn_log import CONTRADICTED, TurnLog
 from engine.turn import TurnEnded
 
+log = logging.getLogger(__name__)
+
 FOLLOW_PAUSE_S = 0.1
 _LEASE_ENDS_S = 1.0
+_WITHDRAW_PAUSE_S = 0.5
 
 
 class TurnSignals:
@@ -95,10 +102,12 @@ class TurnBegin:
         self._signals = signals
         self._nonce = new_nonce()
         self._steal = call.steal
+        self._blameless = call.blameless
         self.holds_resume = False
 
-    def steal(self) -> None:
-        """The owner was seen dead."""
+    def steal(self, blameless: bool) -> None:
+        """The owner was seen dead, or else is gone."""
+        self._blameless = blameless and (self._blameless or not self._steal)
         self._steal = True
         self._signals.nudge()
 
@@ -122,10 +131,15 @@ class TurnBegin:
         while True:
             if self._steal or lease_ends:
                 await self.wait_to_resume()
+            asked = replace(turn, steal=self._steal, blameless=self._blameless)
             async with store_errors(call.conversation_id):
-                begun = await self._ask(replace(turn, steal=self._steal))
+                begun = await self._ask(asked)
             if not isinstance(begun, BusyTurn):
                 return begun
+            if begun.owner == parts.replica and not self._steal:
+                # No other turn of this key runs here: it began, and its answer was lost.
+                self.steal(blameless=True)
+                continue
             self.resume_next()
             self._show(begun)
             lease_ends = begun.retry_after_s < _LEASE_ENDS_S
@@ -184,6 +198,28 @@ class TurnBegin:
             except Recovering as error:
                 # Over within seconds: owners are repairing the store.
                 await self._signals.pause(error.retry_after_s)
+            except StoreUnavailable:
+                self._host.do_later(self._withdraw(turn))
+                raise
+
+    async def _withdraw(self, turn: BeginTurn) -> None:
+        """The turn may have begun, and nobody was told so: end it, for others not to wait for its lease."""
+        clock, store = asyncio.get_running_loop().time, self._host.parts.store
+        until_s = clock() + turn.lease_s
+        while clock() < until_s:
+            await asyncio.sleep(_WITHDRAW_PAUSE_S)
+            try:
+                record = await store.get(turn.tenant, turn.conversation_id)
+                if not record.running or record.owner != turn.replica:
+                    return
+                # If the one that runs is another than this, the fence refuses.
+                fence = Fence(record.epoch, turn.nonce)
+                await store.abort(turn.tenant, turn.conversation_id, fence)
+                return
+            except StoreUnavailable as error:
+                log.debug("claim of %s not withdrawn yet: %s", turn.conversation_id, error)
+            except StoreError:
+                return
 
     def _show(self, busy: BusyTurn) -> None:
         shown, stored = self._log.token_ids, tuple(busy.output_ids.tolist())

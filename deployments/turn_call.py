@@ -24,7 +24,8 @@ class TurnCall:
 
     `key` names the turn across calls and `request_hash` what it asks for (see BeginTurn). A call with
     the key of a running turn joins it; of one whose owner died (`steal` says that it did), resumes it;
-    of a committed one, gets its TurnDone again. `shown_ids` are output tokens that the client has been
+    of a committed one, gets its TurnDone again. `blameless`: that owner was not seen dead, but let go of
+    the turn, or went silent. `shown_ids` are output tokens that the client has been
     shown already, int32: they are part of the reply, and tokens are sent from there on. `on_disconnect`
     says what closing the generator does to a turn that nobody else has joined.
 
@@ -50,6 +51,7 @@ class TurnCall:
     key: str = ""
     request_hash: str = ""
     steal: bool = False
+    blameless: bool = False
     shown_ids: tuple[int, ...] = ()
     on_disconnect: OnDisconnect = "cancel"
     completion_id: str = ""
@@ -127,10 +129,12 @@ class TurnDone:
 @dataclass(frozen=True, slots=True)
 class TurnRefused:
     """Last item of a turn that this call did not see committed. `resumable`: the turn and its tokens so
-    far are kept in the store; the same call with `steal` goes on with it at another replica."""
+    far are kept in the store; the same call with `steal` goes on with it at another replica. `fatal`: the
+    engine died, perhaps of this turn."""
 
     error: ErrorInfo
     resumable: bool = False
+    fatal: bool = False
 
 
 TurnItem = TurnAccepted | TurnTokens | TurnDone | TurnRefused

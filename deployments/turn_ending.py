@@ -16,14 +16,16 @@ Claim = Literal["give up", "keep", "lost"]
 @dataclass(frozen=True, slots=True)
 class Ending:
     """`claim`: give it up, as if the turn had never begun; keep it in the store, for another replica to
-    go on with the turn; or it is lost, because another owner exists or the conversation is gone."""
+    go on with the turn; or it is lost, because another owner exists or the conversation is gone. `fatal`:
+    the engine died, perhaps of this turn."""
 
     error: ErrorInfo
     claim: Claim = "give up"
+    fatal: bool = False
 
     def refusal(self) -> TurnRefused:
         """What readers are told."""
-        return TurnRefused(self.error, resumable=self.claim == "keep")
+        return TurnRefused(self.error, self.claim == "keep", self.fatal)
 
 
 class TurnStopped(Exception):
@@ -38,7 +40,7 @@ CANCELLED = Ending(ErrorInfo("replica_lost", "The turn was cancelled: nobody was
 TIMED_OUT = Ending(ErrorInfo("timeout", "The turn took too long and was cancelled."))
 INTERNAL = Ending(ErrorInfo("internal_error", "The replica failed; its log says why."))
 FAILED = Ending(ErrorInfo("turn_failed", "The engine failed; nothing of the turn was committed."))
-ENGINE_DEAD = Ending(ErrorInfo("replica_lost", "The replica's engine died."), "keep")
+ENGINE_DEAD = Ending(ErrorInfo("replica_lost", "The replica's engine died."), "keep", fatal=True)
 HANDED_OVER = Ending(ErrorInfo("replica_lost", "The replica is stopping."), "keep")
 
 

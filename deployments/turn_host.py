@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,8 +56,9 @@ class Claimant(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TurnHost:
-    """`claims` are by conversation. Turns resume one at a time (`resuming`), each until it has stored
-    a token, so that one which kills its engine takes the blame alone."""
+    """`claims` are by conversation; `chores` outlive the turns that left them. Turns resume one at a time
+    (`resuming`), each until it has stored a token, so that one which kills its engine takes the blame
+    alone."""
 
     parts: ReplicaParts
     tunables: Callable[[], Tunables]
@@ -66,3 +67,10 @@ class TurnHost:
     figures: TurnFigures
     claims: dict[str, Claimant] = field(default_factory=dict)
     resuming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    chores: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def do_later(self, chore: Coroutine[None, None, None]) -> None:
+        """In a task of its own."""
+        task = asyncio.create_task(chore)
+        self.chores.add(task)
+        task.add_done_callback(self.chores.discard)

@@ -24,6 +24,7 @@ from deployments.errors import ErrorInfo
 from deployments.output_gate import OutputGate
 from deployments.store_errors import KEY_REUSED
 from deployments.store_watch import StoreWatch
+from deployments.task_ending import end_tasks
 from deployments.turn_call import FollowCall, ReplicaStats, TurnCall, TurnItem, TurnRefused
 from deployments.turn_ending import HANDED_OVER
 from deployments.turn_host import ReplicaParts, TurnFigures, TurnHost
@@ -147,6 +148,7 @@ class TurnRunner:
         if self._running:
             await asyncio.wait(self._running)
         await asyncio.to_thread(self._parts.loop.stop, drain=False, timeout_s=_STOP_TIMEOUT_S)
+        await end_tasks(tuple(self._host.chores))
         await self._host.gate.close()
         await self._host.watch.close()
 

@@ -77,7 +77,7 @@ class TurnTask:
         asked for it to be finished."""
         self._must_finish |= call.on_disconnect == "finish"
         if call.steal:
-            self._begin.steal()
+            self._begin.steal(call.blameless)
         try:
             async with aclosing(self.follow(call.shown_ids)) as items:
                 async for item in items:
@@ -288,6 +288,10 @@ class OwnedTurn:
         reply, and the fence makes repeating safe. Raises TurnStopped."""
         until_s = time.monotonic() + self._host.tunables().lease_s
         pause_s = _COMMIT_PAUSE_S
+        if not self._lane.is_open:
+            # The gate has heard of a later owner, whom a store that went back since may not know.
+            fenced = Fenced(commit.conversation_id)
+            raise TurnStopped(lost_claim(fenced, commit.conversation_id))
         while True:
             num_repairs = self._num_repairs
             try:

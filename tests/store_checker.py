@@ -159,6 +159,7 @@ class Checker:
             key=key,
             request_hash=self._request_hash(life, key),
             steal=self._random.random() < 0.5,
+            blameless=self._random.random() < 0.3,
         )
         await self._try_begin(turn)
 
@@ -184,7 +185,7 @@ class Checker:
             wanted = life.running.claim.replica, len(life.turns) + 1, life.running.output
             self._same("busy", found, wanted)
         if isinstance(first, Quarantined):
-            self._model.given_up(life)
+            self._model.given_up(life, turn)
         if isinstance(first, Ownership):
             await self._check_claim(turn, life, first)
 
@@ -206,7 +207,8 @@ class Checker:
         self._same("fence", found.fence, running.fence)
         self._same("input", found.input_ids.tolist(), running.input_ids.tolist())
         self._same("output", found.output_ids.tolist(), running.output)
-        self._same("attempt", (found.attempt, found.resumed), (running.attempts, running.resumed))
+        lost = running.attempts + running.lapses
+        self._same("attempt", (found.attempt, found.resumed), (lost, running.resumed))
         replay = life.replay()
         self._same("sink ids", found.replay.sink_ids.tolist(), replay.sink_ids.tolist())
         self._same("recent ids", found.replay.recent_ids.tolist(), replay.recent_ids.tolist())

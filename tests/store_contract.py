@@ -43,7 +43,7 @@ from cluster.store import (
 ANN, BOB = "tenant-ann", "tenant-bob"
 MODEL = "fingerprint-1"
 LEASE_S = 10.0
-LIMITS = StoreLimits(ttl_s=1000.0, transcript_messages=10, transcript_bytes=2000)
+LIMITS = StoreLimits(ttl_s=1000.0, transcript_messages=10, transcript_bytes=2000, max_lapses=3)
 
 
 class StoreEnv(Protocol):
@@ -163,6 +163,9 @@ async def largest_record(env: StoreEnv, sink_tokens: int, window_tokens: int, tu
     fed = np.arange(limits.input_tokens, dtype=np.int32)
     replied = np.arange(limits.output_tokens, dtype=np.int32)
     sizes = []
+    # The key of a turn that another one put an end to stays.
+    await own(env.store, claim(record, key="l" * 256))
+    await env.advance(LEASE_S + 1)
     for number in range(turns):
         # One by one in the first turn, as an engine makes them; later in bulk, as a repair may.
         step = 1 if number == 0 else 1000
@@ -522,6 +525,43 @@ class StoreContract:
         assert first + len(messages) == 18
         assert await env.store.transcript(ANN, record.conversation_id, before=3) == (first, [])
 
+    async def test_the_system_messages_outlive_the_transcript(self, env: StoreEnv) -> None:
+        system = (Message("system", "Be brief."), Message("system", "ü\ud800"))
+        late = Message("system", "not at the beginning")
+        record = await env.store.create(
+            new_conversation(messages=(*system, Message("user", "q"), late))
+        )
+        for number in range(12):
+            found = await env.store.system_messages(ANN, record.conversation_id)
+            assert tuple(found) == system
+            messages = (
+                Message("system" if number == 1 else "user", "q"),
+                Message("assistant", "a"),
+            )
+            await run_turn(env.store, record, messages=messages)
+        first, kept = await env.store.transcript(ANN, record.conversation_id)
+        assert (first, len(kept)) == (18, 10)
+        with pytest.raises(NotFound):
+            await env.store.system_messages(BOB, record.conversation_id)
+        await env.advance(900)
+        await run_turn(env.store, record)
+        await env.advance(900)
+        assert tuple(await env.store.system_messages(ANN, record.conversation_id)) == system
+        await env.store.delete(ANN, record.conversation_id)
+        with pytest.raises(NotFound):
+            await env.store.system_messages(ANN, record.conversation_id)
+
+    async def test_system_messages_may_be_half_gone_or_all_there_is(self, env: StoreEnv) -> None:
+        system = tuple(Message("system", str(n)) for n in range(14))
+        record = await env.store.create(new_conversation(messages=system))
+        first, _ = await env.store.transcript(ANN, record.conversation_id)
+        assert first == 4
+        assert tuple(await env.store.system_messages(ANN, record.conversation_id)) == system
+        none = await env.store.create(new_conversation())
+        assert list(await env.store.system_messages(ANN, none.conversation_id)) == []
+        await run_turn(env.store, none, messages=(Message("user", "q"), Message("system", "s")))
+        assert list(await env.store.system_messages(ANN, none.conversation_id)) == []
+
     async def test_any_text_survives(self, env: StoreEnv) -> None:
         texts = ["", "\x00\r\n", "日本語 🦙", "lone \ud800 surrogate", '"}{\\', "sinkserve:{x}"]
         messages = tuple(Message("user", text) for text in texts)
@@ -607,6 +647,7 @@ class StoreContract:
         return [
             lambda: store.get(tenant, identifier),
             lambda: store.transcript(tenant, identifier),
+            lambda: store.system_messages(tenant, identifier),
             lambda: store.begin(turn),
             lambda: store.renew(tenant, identifier, fence, LEASE_S),
             lambda: store.commit(commit),

@@ -253,6 +253,53 @@ class KeyContract:
         with pytest.raises(Quarantined):
             await env.store.begin(again(turn))
 
+    async def test_a_lease_that_runs_out_is_no_death(self, env: StoreEnv) -> None:
+        """Nor is an owner that let go. There is an end to them too."""
+        record = await env.store.create(new_conversation())
+        turn = claim(record, key="k")
+        await own(env.store, turn)
+        for lapse in range(1, LIMITS.max_lapses):
+            if lapse % 2:
+                await env.advance(LEASE_S + 1)
+                taken = await own(env.store, again(turn))
+            else:
+                taken = await own(env.store, again(turn, steal=True, blameless=True))
+            assert (taken.attempt, taken.resumed) == (lapse, True)
+        # One death does not add up with them; a token makes all of it good.
+        dead = again(turn, steal=True)
+        taken = await own(env.store, dead)
+        assert taken.attempt == LIMITS.max_lapses
+        await checkpoint(env.store, dead, taken, 0, ids(5))
+        for lapse in range(1, LIMITS.max_lapses):
+            await env.advance(LEASE_S + 1)
+            assert (await own(env.store, again(turn))).attempt == lapse
+        await env.advance(LEASE_S + 1)
+        with pytest.raises(Quarantined):
+            await env.store.begin(again(turn))
+        assert (await run_turn(env.store, record, key="healthy")).turn == 1
+
+    async def test_losses_are_counted_beyond_another_key(self, env: StoreEnv) -> None:
+        record = await env.store.create(new_conversation())
+        poison, other = claim(record, key="poison"), claim(record, key="other")
+        await own(env.store, poison)
+        await own(env.store, again(poison, steal=True))
+        await env.advance(LEASE_S + 1)
+        # Two that are lost count for themselves.
+        await own(env.store, other)
+        await env.advance(LEASE_S + 1)
+        with pytest.raises(TurnConflict):
+            await env.store.begin(again(poison, steal=True, expect_turn=7))
+        with pytest.raises(Quarantined):
+            await env.store.begin(again(poison, steal=True))
+        anew = await own(env.store, again(other, steal=True))
+        assert (anew.attempt, anew.resumed) == (1, False)
+        await env.advance(LEASE_S + 1)
+        with pytest.raises(Quarantined):
+            await env.store.begin(again(other, steal=True))
+        with pytest.raises(Quarantined):
+            await env.store.begin(again(poison))
+        assert (await run_turn(env.store, record)).turn == 1
+
     async def test_a_turn_that_gets_on_is_not_given_up(self, env: StoreEnv) -> None:
         record = await env.store.create(new_conversation())
         turn = claim(record, key="k")
@@ -543,6 +590,25 @@ class RecoveryContract:
         following = await own(env.store, claim(record, expect_turn=3, expect_head=done.head))
         assert same_replay(following.replay, snapshot.replay)
 
+    @pytest.mark.parametrize("first_message", [1, 3, 40])
+    async def test_a_repair_leaves_the_system_messages(
+        self, env: StoreEnv, first_message: int
+    ) -> None:
+        """Also one that knows the end of the transcript alone, which then replaces all of it."""
+        system = (Message("system", "s"),)
+        record = await env.store.create(new_conversation(messages=system))
+        await take_turn(env.store, record, key="first")
+        saved = await env.save()
+        _, snapshot = await take_turn(env.store, record, key="second")
+        snapshot = dataclasses.replace(snapshot, first_message=first_message)
+        await env.roll_back(saved)
+        await env.store.repair(snapshot)
+        await env.advance(LIMITS.recovery_s + 0.1)
+        assert tuple(await env.store.system_messages(ANN, record.conversation_id)) == system
+        first, messages = await env.store.transcript(ANN, record.conversation_id)
+        assert messages[-2:] == list(snapshot.messages)
+        assert first == (first_message if first_message == 40 else 0)
+
     async def test_a_lost_conversation_is_put_back(self, env: StoreEnv) -> None:
         saved = await env.save()
         new = new_conversation(messages=(Message("system", "s"),))
@@ -683,6 +749,7 @@ class RebaseContract:
         await run_turn(env.store, record, key="first")
         done, idle = await take_turn(env.store, record, key="last")
         transcript = await env.store.transcript(ANN, record.conversation_id)
+        system = await env.store.system_messages(ANN, record.conversation_id)
         rebased = await env.store.rebase(rebase_of(done))
         assert await env.store.rebase(rebase_of(done)) == rebased
         assert await env.store.get(ANN, record.conversation_id) == rebased
@@ -698,6 +765,7 @@ class RebaseContract:
         assert rebased == wanted
         assert rebased.epoch > done.epoch
         assert await env.store.transcript(ANN, record.conversation_id) == transcript
+        assert await env.store.system_messages(ANN, record.conversation_id) == system
         with pytest.raises(Fenced):
             await env.store.repair(idle)
         known = await env.store.begin(claim(record, key="last", fingerprint=OTHER_MODEL))

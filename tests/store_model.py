@@ -58,6 +58,7 @@ class Running:
     fence: Fence
     lease_until_s: float
     attempts: int = 0
+    lapses: int = 0
     resumed: bool = False
 
 
@@ -78,6 +79,7 @@ class Life:
     surely_poisoned: str = ""
     owner: str = ""
     running: Running | None = None
+    lost: Running | None = None
     ended: tuple[Fence, Literal["commit", "abort"]] | None = None
     rebased: int = 0
 
@@ -178,15 +180,22 @@ class Model:
                 return BusyTurn
             if other_model:
                 return ModelChanged
-            given_up = running.attempts + 1 >= self._limits.max_attempts
-            return Quarantined if given_up else Ownership
-        if other_model:
-            return ModelChanged
+            return Quarantined if self._is_too_much(running, turn) else Ownership
+        return ModelChanged if other_model else self._start(life, turn)
+
+    def _start(self, life: Life, turn: BeginTurn) -> Outcome:
         if turn.expect_turn not in (None, len(life.turns)):
             return TurnConflict
         if turn.expect_head not in (None, life.head()):
             return TurnConflict
-        return Conflict if self.is_live(life) else Ownership
+        if self.is_live(life):
+            return Conflict
+        lost = life.lost if life.lost and life.lost.key == (turn.key or turn.nonce) else None
+        return Quarantined if lost and self._is_too_much(lost, turn) else Ownership
+
+    def _is_too_much(self, bereft: Running, turn: BeginTurn) -> bool:
+        attempts, lapses = after_loss(bereft, turn)
+        return attempts >= self._limits.max_attempts or lapses >= self._limits.max_lapses
 
     def standing(self, life: Life, fence: Fence) -> str:
         if life.running and life.running.fence == fence:
@@ -238,20 +247,28 @@ class Model:
                 claim=turn,
                 fence=found.fence,
                 lease_until_s=until_s,
-                attempts=before.attempts + 1,
                 resumed=True,
             )
+            life.running.attempts, life.running.lapses = after_loss(before, turn)
         else:
+            key = turn.key or turn.nonce
             life.running = Running(
-                *(turn, turn.key or turn.nonce, turn.request_hash, turn.input_ids, []),
+                *(turn, key, turn.request_hash, turn.input_ids, []),
                 *(found.fence, until_s),
             )
+            if life.lost and life.lost.key == key:
+                life.running.attempts, life.running.lapses = after_loss(life.lost, turn)
+                life.lost = None
+            life.lost = before or life.lost
 
-    def given_up(self, life: Life) -> None:
-        if life.running:
-            life.poisoned[life.running.key] = life.running.request_hash
-            life.surely_poisoned, life.sure = life.running.key, ""
+    def given_up(self, life: Life, turn: BeginTurn) -> None:
+        key = turn.key or turn.nonce
+        life.poisoned[key] = turn.request_hash
+        life.surely_poisoned, life.sure = key, ""
+        if life.running and life.running.key == key:
             life.ended, life.running = (life.running.fence, "abort"), None
+        else:
+            life.lost, life.running = life.running, None
 
     def checkpointed(self, one: Checkpoint) -> None:
         running = self.world.lives[one.conversation_id].running
@@ -259,7 +276,8 @@ class Model:
             return
         fresh = one.token_ids.tolist()[len(running.output) - one.k :]
         running.output += fresh
-        running.attempts = 0 if fresh else running.attempts
+        if fresh:
+            running.attempts = running.lapses = 0
         if running.lease_until_s - self.now_s < 0.75 * LEASE_S:
             running.lease_until_s = self.now_s + LEASE_S
 
@@ -296,7 +314,7 @@ class Model:
             for key, (turn, request_hash) in known.keys.items():
                 if known.turns[:turn] == life.turns[:turn]:
                     life.keys.setdefault(key, (turn, request_hash))
-            life.poisoned = dict(known.poisoned)
+            life.poisoned, life.lost = dict(known.poisoned), known.lost
             life.messages[:first_message] = known.messages[:first_message]
         if life.running:
             # It names no results: what the store has lost of them stays lost.
@@ -306,13 +324,20 @@ class Model:
             life.sure = sure if fits and turn == len(life.turns) else ""
             life.owner = known.owner if known else life.running.claim.replica
             life.running.lease_until_s = self.now_s + LEASE_S
-            life.running.attempts, life.running.resumed = 0, False
+            life.running.attempts = life.running.lapses = 0
+            life.running.resumed = False
         life.ended, life.first_epoch, life.surely_poisoned = None, -1, ""
         self.world.lives[identifier] = life
         self.indexed(life)
 
 
 StoreRefusal = type[StoreError] | None
+
+
+def after_loss(bereft: Running, turn: BeginTurn) -> tuple[int, int]:
+    """Its owners seen dead, and otherwise gone, once `turn` has found it without one."""
+    is_dead = turn.steal and not turn.blameless
+    return bereft.attempts + is_dead, bereft.lapses + (not is_dead)
 
 
 def snapshot_of(life: Life, record: Conversation, first_message: int) -> Snapshot:

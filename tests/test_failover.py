@@ -15,7 +15,7 @@ import pytest
 
 from cluster.conversation import GENESIS
 from deployments.errors import ErrorInfo, ServiceError
-from deployments.failover import FailoverPolicy, FailoverTurns, ReplicaUnreachable
+from deployments.failover import FailoverPolicy, FailoverTurns, ReplicaHangs, ReplicaUnreachable
 from deployments.turn_call import (
     FollowCall,
     TurnAccepted,
@@ -186,7 +186,7 @@ async def test_poison_is_not_run_again() -> None:
     assert front.engine.deaths == 2
 
 
-async def test_a_reply_committed_otherwise_than_shown_is_an_error(
+async def test_a_reply_committed_otherwise_than_shown_is_a_conflict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Never a contradiction: what was shown stays, the client is told to read."""
@@ -205,7 +205,7 @@ async def test_a_reply_committed_otherwise_than_shown_is_an_error(
     chunks = front.service.chat_stream(ask())
     seen = [await anext(chunks) for _ in range(1 + len("Good day."))]
     assert deltas(seen) == "Good day."
-    with pytest.raises(ServiceError, match="internal_error"):
+    with pytest.raises(ServiceError, match="turn_conflict"):
         await anext(chunks)
 
 
@@ -348,6 +348,30 @@ async def test_a_turn_that_has_begun_waits_for_a_replica(code: str) -> None:
     # The claim of the dead owner is still to be taken over.
     assert [call.steal for call in engine.calls] == [False, True, True, True]
     assert await ends(Scripted([nobody])) == code
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "blameless"),
+    [
+        ([ServiceError(LOST)], False),
+        ([TurnRefused(LOST, resumable=True, fatal=True)], False),
+        ([], False),
+        ([TurnRefused(LOST, resumable=True)], True),
+        ([TurnRefused(ErrorInfo("overloaded", "full"), resumable=True)], True),
+        ([ReplicaHangs()], True),
+    ],
+)
+async def test_only_a_death_is_held_against_the_turn(ends_with: Play, blameless: bool) -> None:
+    """And it stays, until somebody has taken the turn: the next to be asked may be gone as well."""
+    nobody = TurnRefused(ErrorInfo("not_ready", "not now"))
+    hangs: list[Play] = [[nobody], [ReplicaHangs()]]
+    engine = Scripted([accepted(), *ends_with], *hangs, [accepted("r2"), done(1)])
+    await played(engine)
+    steals = [(call.steal, call.blameless) for call in engine.calls]
+    assert steals == [(False, False), *[(True, blameless)] * 3]
+    engine = Scripted([accepted(), ReplicaHangs()], [ServiceError(LOST)], [accepted("r2"), done(1)])
+    await played(engine)
+    assert [call.blameless for call in engine.calls] == [False, True, False]
 
 
 async def test_a_store_that_recovers_is_waited_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,32 @@ def test_the_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in library.parent.iterdir() if path.name != ".lock"] == [
         library.name
     ]
+
+
+def test_old_libraries_go_and_one_in_use_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(command: list[str], *rest: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        if "-o" in command:
+            Path(command[command.index("-o") + 1]).write_text("library")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    in_use = kernel_library(tmp_path, processor="in use")
+    (tmp_path / "kernels" / ".compiling-killed").mkdir()
+    keep = compiling.KEPT_LIBRARIES
+    for number in range(keep + 3):
+        # Each a minute older than the one that is made now.
+        for library in (tmp_path / "kernels").glob("*.so"):
+            os.utime(library, (library.stat().st_atime, library.stat().st_mtime - 60))
+        assert kernel_library(tmp_path, processor="in use") == in_use
+        last = kernel_library(tmp_path, processor=str(number))
+        assert {in_use, last} <= set((tmp_path / "kernels").iterdir())
+    names = [path.name for path in (tmp_path / "kernels").iterdir() if path.name != ".lock"]
+    assert len(names) == keep
+    assert all(name.startswith("sinkserve-") for name in names)
+    gone = kernel_library(tmp_path, processor="0")
+    assert gone.read_text() == "library"
 
 
 def test_another_source_flag_or_package_is_another_library(

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 
+from cluster.conversation import Ownership
 from cluster.redis_functions import library_text
 from deployments.output_gate import Lane, OutputGate
 from deployments.store_watch import StoreWatch
+from deployments.turn_begin import TurnBegin
+from deployments.turn_claim import TurnClaim
 from deployments.turn_task import TurnTask
 from engine.turn import TurnEvent
 from tests.sim.backends import RedisBackend
 from tests.sim.mutants import Mutant
-from tests.sim.real_replica import REAL
+from tests.sim.real_replica import HASTY, REAL
 from tests.sim.replica_mutants import REPLICA_MUTANTS
 from tests.sim.store_mutants import STORE_MUTANTS
 from tests.sim.world import Outcome, Plan, simulate
@@ -89,6 +93,40 @@ def test_a_fault_of_production_is_noticed(
     for seed in range(40):
         plan = Plan(seed, kind, noisy=False)
         outcome = simulate(plan, lambda network: RedisBackend(valkey_server, network), REAL)
+        if outcome.problem:
+            assert outcome.problem.startswith("Violation"), outcome.report()
+            return
+    pytest.fail("nobody noticed")
+
+
+def test_recovery_time_is_not_for_nothing(valkey_server: ValkeyServer) -> None:
+    """A recovery window of 0: production's owners come too late with what they know."""
+    library = STORE_MUTANTS["no time for recovery"].library(library_text())
+    for seed in range(40):
+        plan = Plan(seed, "rollback", noisy=False)
+        outcome = simulate(
+            plan, lambda network: RedisBackend(valkey_server, network, library), REAL
+        )
+        if outcome.problem:
+            assert outcome.problem.startswith("Violation"), outcome.report()
+            return
+    pytest.fail("nobody noticed")
+
+
+def test_without_checkpoints_what_was_shown_binds(
+    valkey_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`durability: turn`, and a takeover that draws again what the client has seen."""
+    claim = TurnBegin.claim
+
+    def unbound(begin: TurnBegin, ownership: Ownership) -> TurnClaim:
+        begin._call = replace(begin._call, shown_ids=())
+        return claim(begin, ownership)
+
+    monkeypatch.setattr(TurnBegin, "claim", unbound)
+    for seed in range(40):
+        plan = Plan(seed, "crash", noisy=True)
+        outcome = simulate(plan, lambda network: RedisBackend(valkey_server, network), HASTY)
         if outcome.problem:
             assert outcome.problem.startswith("Violation"), outcome.report()
             return

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from cluster.conversation import Checkpoint
+from cluster.conversation import BeginTurn, Begun, Checkpoint
 from cluster.memory_store import MemoryStore
-from cluster.store import StoreError
+from cluster.store import StoreError, StoreLimits, StoreUnavailable
+from deployments.config import Tunables
 from deployments.turn_call import TurnCall, TurnDone, TurnItem, TurnRefused, TurnTokens
 from deployments.turn_runner import TurnRunner
 from engine.protocol import EngineDead, StepPlan, StepResult
 from engine.toy_engine import ToyEngine
 from tests.mortal import tokens_of
-from tests.toy_service import SPEC, TENANT, TEXT, Talk, make_runner, run_turn, until
+from tests.toy_service import SPEC, TENANT, TEXT, Talk, make_runner, refusal, run_turn, until
 
 POISON = ord("!")
 
@@ -236,5 +237,79 @@ def test_a_replica_that_comes_back_shows_nothing_stops_and_frees_its_slot(stoppe
         assert (await talk.say(old, "next")).usage.cached_tokens == 0
         await old.close()
         await heir.close()
+
+    run(scenario)
+
+
+class SilentStore(MemoryStore):
+    """The first `silent` calls of `begin` take effect and get no answer."""
+
+    silent = 0
+
+    async def begin(self, turn: BeginTurn) -> Begun:
+        begun = await super().begin(turn)
+        if self.silent:
+            self.silent -= 1
+            raise StoreUnavailable("no answer")
+        return begun
+
+
+def test_a_turn_that_began_without_an_answer_is_taken_over_from_oneself() -> None:
+    """Its lease is not waited for, and it is not held against the turn."""
+
+    async def scenario() -> None:
+        store = SilentStore(StoreLimits(max_attempts=1))
+        store.silent = 1
+        runner = make_runner(store, tunables=Tunables(lease_s=300.0))
+        talk = await Talk(store).create()
+        call = talk.call("x", key="k")
+        assert await refusal(runner, call) == "store_unavailable"
+        items = await run_turn(runner, call)
+        assert isinstance(items[-1], TurnDone)
+        talk.accept(call, items[-1])
+        await runner.close()
+
+    run(scenario)
+
+
+def test_a_turn_that_began_without_an_answer_is_withdrawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another request need not wait for its lease either, at whichever replica."""
+    monkeypatch.setattr("deployments.turn_begin._WITHDRAW_PAUSE_S", 0.01)
+
+    async def scenario() -> None:
+        store = SilentStore()
+        store.silent = 1
+        runner = make_runner(store, tunables=Tunables(lease_s=300.0))
+        other = make_runner(store, "other")
+        talk = await Talk(store).create()
+        assert await refusal(runner, talk.call("x", key="k")) == "store_unavailable"
+        assert (await store.get(TENANT, talk.conversation_id)).running
+        await talk.idle()
+        await talk.say(other, "y", key="another")
+        await runner.close()
+        await other.close()
+
+    run(scenario)
+
+
+def test_a_withdrawal_touches_nobody_elses_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.turn_begin._WITHDRAW_PAUSE_S", 0.01)
+
+    async def scenario() -> None:
+        now_s = 1000.0
+        store = SilentStore(clock=lambda: now_s)
+        store.silent = 1
+        runner = make_runner(store, tunables=Tunables(lease_s=1.0))
+        other = make_runner(store, "other", ToyEngine(SPEC, 8, TEXT, step_delay_s=0.005))
+        talk = await Talk(store).create()
+        assert await refusal(runner, talk.call("x", key="k")) == "store_unavailable"
+        now_s += 2.0
+        await talk.say(other, "y", key="another", max_tokens=30)
+        await asyncio.sleep(0.05)
+        assert (await store.get(TENANT, talk.conversation_id)).turn == 1
+        await runner.close()
+        await other.close()
 
     run(scenario)

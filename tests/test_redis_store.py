@@ -23,6 +23,7 @@ from cluster.conversation import (
     Ownership,
     new_conversation_id,
 )
+from cluster.redis_codec import keys_of, pack
 from cluster.redis_functions import LIBRARY_VERSION, FunctionClient, RedisOptions, library_text
 from cluster.redis_store import ORPHAN_AGE_S, RedisStore
 from cluster.store import (
@@ -47,7 +48,7 @@ from tests.store_contract import (
     own,
     run_turn,
 )
-from tests.store_envs import RedisEnv
+from tests.store_envs import RedisEnv, movable_clock
 from tests.store_failover_contract import again, rebase_of, running_snapshot
 from tests.valkey_fixture import ValkeyServer, start_valkey
 
@@ -526,3 +527,47 @@ async def test_the_library_can_be_given(redis_url: str) -> None:
     functions = await FunctionClient.connect(redis_url, QUICK, library_text())
     assert (await functions.call("version", [], []))[1] == LIBRARY_VERSION
     await functions.close()
+
+
+async def test_a_replica_of_version_2_goes_on_under_this_library(
+    valkey_server: ValkeyServer, redis_url: str
+) -> None:
+    """In the midst of an update: it knows neither the third key nor the last arguments."""
+    env = await RedisEnv.make(valkey_server, StoreLimits(transcript_messages=2))
+    record = await env.store.create(new_conversation(messages=(Message("system", "s"),)))
+    functions = await FunctionClient.connect(redis_url, QUICK, movable_clock(library_text()))
+    keys, minute = keys_of(record.conversation_id)[:2], 60 * 10**6
+
+    async def begin(nonce: str) -> list[Any]:
+        args: list[Any] = [ANN, "old", record.fingerprint, nonce, "k", "r", 1, minute, minute]
+        return await functions.call("begin", keys, [*args, "", "", 2, 3000, pack(ids(1, 2))])
+
+    assert (await begin("n1"))[0] == b"OK"
+    answer = await begin("n2")
+    assert answer[0] == b"OK"
+    epoch = answer[1][9]
+    stored = await functions.call(
+        "checkpoint", keys, [ANN, epoch, "n2", minute, minute, 0, pack(ids(7))]
+    )
+    assert stored == [b"OK"]
+    messages = [Message(role, "x").encode() for role in ("user", "assistant")]
+    args: list[Any] = [
+        ANN,
+        epoch,
+        "n2",
+        minute,
+        pack(ids(7)),
+        4,
+        "0" * 64,
+        "1" * 64,
+        "{}",
+        3000,
+        2,
+        10**6,
+    ]
+    done = await functions.call("commit", keys, [*args, *messages])
+    assert (done[0], done[1][4]) == (b"OK", b"1")
+    assert (await begin("n3"))[0] == b"DONE"
+    assert (await run_turn(env.store, record, key="new")).turn == 2
+    await functions.close()
+    await env.close()

@@ -6,13 +6,15 @@ import asyncio
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster.store import Recovering, StoreUnavailable
+from cluster.conversation import Conversation, Message
+from cluster.store import Recovering, StoreLimits, StoreUnavailable
 from deployments.chat_service import ChatService
 from deployments.errors import ErrorInfo, ServiceError
 from deployments.turn_identity import EventId
@@ -431,6 +433,57 @@ async def test_a_running_reply_can_be_followed(front: Front) -> None:
     assert (await waiting[0])[0]["id"] == (await running)["id"]
 
 
+async def test_a_stream_never_goes_on_with_the_next_reply(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn ends, and another one begins, between the look at the record and what follows it."""
+    front.engine.scripts[0] = Script("the first")
+    named = (await front.service.chat(ask()))["conversation"]["id"]
+    script = Script("a second", gate=asyncio.Event(), gate_at=3)
+    front.engine.scripts.append(script)
+    second = asyncio.create_task(front.service.chat(ask(conversation=named)))
+    await script.at_gate.wait()
+    third = Script("and a third", gate=asyncio.Event(), gate_at=3)
+    front.engine.scripts.append(third)
+    following: list[asyncio.Task[Body]] = []
+    look = front.store.get
+
+    async def late_look(tenant: str, conversation_id: str) -> Conversation:
+        record = await look(tenant, conversation_id)
+        if not following:
+            following.append(second)
+            assert script.gate is not None
+            script.gate.set()
+            await second
+            following.append(asyncio.create_task(front.service.chat(ask(conversation=named))))
+            await third.at_gate.wait()
+        return record
+
+    monkeypatch.setattr(front.store, "get", late_look)
+    rest = await _all(another(front).rejoin_stream(named, after="2.2"))
+    assert deltas(rest) == "second"
+    assert {chunk["event_id"].split(".")[0] for chunk in rest} == {"2"}
+    assert third.gate is not None
+    third.gate.set()
+    await following[1]
+
+
+async def test_a_committed_reply_is_not_read_from_a_later_transcript(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front.engine.scripts[0] = Script("the first")
+    named = (await front.service.chat(ask()))["conversation"]["id"]
+    read = front.store.transcript
+
+    async def late_read(*args: Any, **kwargs: Any) -> tuple[int, Sequence[Message]]:
+        front.engine.scripts.append(Script("a second"))
+        await front.service.chat(ask(conversation=named))
+        return await read(*args, **kwargs)
+
+    monkeypatch.setattr(front.store, "transcript", late_read)
+    assert deltas(await _all(another(front).rejoin_stream(named))) == "the first"
+
+
 async def test_who_follows_cancels_nothing(front: Front) -> None:
     script = Script(REPLY, gate=asyncio.Event())
     front.engine.scripts[0] = script
@@ -526,6 +579,25 @@ async def test_a_conversation_goes_on_with_another_model(front: Front) -> None:
     again = await service.chat(ask(user("four"), conversation=named))
     assert again["usage"]["sinkserve"]["recovery"] == "none"
     assert again["conversation"]["turn"] == 4
+
+
+async def test_the_system_prompt_outlives_the_transcript(front: Front) -> None:
+    made = await front.service.create_conversation({"system": "Be brief."})
+    named = made["id"]
+    front.store._limits = StoreLimits(transcript_messages=4)
+    for _ in range(4):
+        await front.service.chat(ask(user("one"), conversation=named))
+    page = await front.service.transcript(named)
+    assert "Be brief." not in [entry["content"] for entry in page["data"]]
+    front.engine.fingerprint = "e" * 64
+    service = another(front, fingerprint="e" * 64, capacity=200)
+    reply = await service.chat(ask(user("two"), conversation=named))
+    assert reply["usage"]["sinkserve"]["recovery"] == "restart"
+    ids = bytes(token for token in front.engine.calls[-1].input_ids.tolist() if token < 256)
+    assert ids.startswith(b"system:Be brief.user:one")
+    assert ids.count(b"Be brief.") == 1
+    after = await service.get_conversation(named)
+    assert after["sink_tokens"] == made["sink_tokens"]
 
 
 async def test_a_restart_that_broke_off_is_picked_up(front: Front) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.redis_functions import library_text
 from tests.sim.backends import MemoryBackend, RedisBackend
-from tests.sim.real_replica import REAL
+from tests.sim.real_replica import HASTY, REAL
 from tests.sim.world import KINDS, SMALL, Cast, OpenBackend, Plan, simulate
 from tests.valkey_fixture import ValkeyServer
 
@@ -78,6 +78,30 @@ def test_production_holds_them(chunk: int, on_redis: OpenBackend) -> None:
     assert counts["committed"] > 5 * 18
     for event in ("crash", "restart", "resumed", "repaired"):
         assert counts[event] > 0
+
+
+def test_a_reply_that_a_client_saw_and_the_store_lost_is_a_conflict(on_redis: OpenBackend) -> None:
+    """Its owner was stopped, the store went back, and another one said something else: seeds that were
+    found among 3,000."""
+    counts: Counter[str] = Counter()
+    for seed in (41, 214, 405, 733, 793, 880, 888, 942, 1213, 1219, 1228, 1377, 1443):
+        for noisy in (False, True):
+            outcome = simulate(Plan(seed, "storm", noisy), on_redis, REAL)
+            assert not outcome.problem, outcome.report()
+            counts += outcome.counts
+    assert counts["contradicted"] > 0
+
+
+@pytest.mark.parametrize("kind", ["crash", "pause"])
+def test_production_holds_them_without_checkpoints(kind: str, on_redis: OpenBackend) -> None:
+    """`durability: turn`: a client that keeps what it has seen is shown no other reply."""
+    counts: Counter[str] = Counter()
+    for seed in range(24):
+        outcome = simulate(Plan(seed, kind, noisy=seed % 4 > 0), on_redis, HASTY)
+        assert not outcome.problem, outcome.report()
+        counts += outcome.counts
+    assert counts["resumed"] > 0
+    assert counts["committed"] > 5 * 24
 
 
 @pytest.mark.slow

@@ -7,10 +7,12 @@ own has loaded it and got the right answer from it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,7 @@ FLAGS = (
 STEP = "compile the CPU kernels"
 _COMPILE_TIMEOUT_S = 300.0
 _CHECK_TIMEOUT_S = 60.0
+KEPT_LIBRARIES = 8
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FIELDS = ("model name", "flags", "Features", "CPU part")
 
@@ -49,7 +52,8 @@ def kernel_library(
     progress: Callable[[str, float], None] = lambda step, fraction: None,
     processor: str = "native",
 ) -> Path:
-    """The compiled library under `home`/kernels, made if it is not there yet (about ten seconds).
+    """The compiled library under `home`/kernels, made if it is not there yet (about ten seconds). Then
+    the ones that were not asked for for longest go, but for `KEPT_LIBRARIES`.
 
     `processor` is what the compiler takes for -mcpu; this machine must be able to run it. Processes that
     ask at the same time wait for one of them. Raises KernelError.
@@ -57,6 +61,9 @@ def kernel_library(
     folder = home / "kernels"
     library = folder / f"sinkserve-{_key(processor)}.so"
     if library.is_file():
+        # Asked for now: not among those that go. A home that cannot be written to loses none.
+        with contextlib.suppress(OSError):
+            os.utime(library)
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
@@ -68,8 +75,23 @@ def kernel_library(
                 progress(STEP, 0.8)
                 _check(fresh)
                 fresh.replace(library)
+            _prune(folder)
             progress(STEP, 1.0)
     return library
+
+
+def _prune(folder: Path) -> None:
+    """Under the lock. Who has mapped a library keeps it, whether it has a name or not."""
+    libraries = sorted(folder.glob("sinkserve-*.so"), key=_asked_for, reverse=True)
+    for library in libraries[KEPT_LIBRARIES:]:
+        library.unlink(missing_ok=True)
+    # Of a compiler that was killed.
+    for scratch in folder.glob(".compiling-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _asked_for(library: Path) -> float:
+    return library.stat().st_mtime
 
 
 def _compile(library: Path, scratch: Path, processor: str) -> None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.conversation import BeginTurn, Checkpoint, Fence, Ownership
+from cluster.store import StoreLimits
 from tests.sim.virtual import report_failure
+
+LIMITS = StoreLimits()
 
 
 class Violation(Exception):
@@ -48,13 +51,15 @@ class Claim:
 
 
 class Claims:
-    """Of one conversation. `keeps_leases`: no clock jumps, no roll-back."""
+    """Of one conversation. `keeps_leases`: no clock jumps, no roll-back. `durable`: tokens are stored
+    before they are shown."""
 
-    def __init__(self, keeps_leases: bool) -> None:
+    def __init__(self, keeps_leases: bool, durable: bool = True) -> None:
         self._keeps_leases = keeps_leases
+        self._durable = durable
         self._all: list[Claim] = []
         self._under_way: list[Claim] = []
-        self._tries: dict[str, int] = {}
+        self._losses: dict[str, tuple[int, int]] = {}
         self._runs: dict[str, tuple[Run, Claim]] = {}
         self._epochs: dict[int, str] = {}
         self._holder: Claim | None = None
@@ -66,7 +71,9 @@ class Claims:
             other.overlapped = True
         self._all.append(claim)
         self._under_way.append(claim)
-        self._tries[turn.key] = self._tries.get(turn.key, 0) + 1
+        deaths, others = self._losses.get(turn.key, (0, 0))
+        is_dead = turn.steal and not turn.blameless
+        self._losses[turn.key] = deaths + is_dead, others + (not is_dead)
         for key, (run, _) in self._runs.items():
             run.may_end |= key != turn.key
         return claim
@@ -90,9 +97,14 @@ class Claims:
         claim.run.may_end |= any(other.turn.key != turn.key for other in self._under_way)
         claim.lease_s = claim.sent_s + turn.lease_s
         stored, resumed = claim.run.stored, ownership.output_ids.tolist()
-        if resumed[: len(stored)] != (stored[: len(resumed)] if may_lack else stored):
+        if may_lack and resumed[: len(stored)] != stored[: len(resumed)]:
+            self._branch_off(claim, resumed)
+        elif self._is_late(claim, fence) and resumed == stored[: len(resumed)]:
+            return
+        elif not may_lack and resumed[: len(stored)] != stored:
             raise Violation(f"{turn.key}: resumed with {resumed}, stored were {stored}")
-        stored.extend(resumed[len(stored) :])
+        else:
+            stored.extend(resumed[len(stored) :])
 
     def busy(self, claim: Claim, stored: list[int]) -> None:
         """The turn runs elsewhere, and this much of it is in the store."""
@@ -100,29 +112,32 @@ class Claims:
         if run is not None and stored[: len(run.stored)] == run.stored:
             run.stored.extend(stored[len(run.stored) :])
 
-    def stored(self, checkpoint: Checkpoint, sent_s: float) -> None:
+    def stored(self, checkpoint: Checkpoint, sent_s: float, may_lack: bool) -> None:
         """The store has acknowledged these tokens, sent at this time."""
         claim, tokens = self.by_fence(checkpoint.fence), checkpoint.token_ids.tolist()
         if tokens and claim is self._all[-1]:
-            self._tries[claim.turn.key] = 0
+            self._losses[claim.turn.key] = 0, 0
         # The store writes a lease anew once a quarter of it is used up.
         if claim.lease_s >= 0.0:
             claim.lease_s = max(claim.lease_s, sent_s + 0.75 * checkpoint.lease_s)
         stored = self.run_of(claim).stored
         known = stored[checkpoint.k : checkpoint.k + len(tokens)]
+        if checkpoint.k <= len(stored) and known != tokens[: len(known)] and may_lack:
+            self._branch_off(claim, [*stored[: checkpoint.k], *tokens])
+            return
         if checkpoint.k > len(stored) or known != tokens[: len(known)]:
             raise Violation(f"{claim.turn.key}: {tokens} at {checkpoint.k} of {stored}")
         stored.extend(tokens[len(known) :])
 
     def ends(self, fence: Fence, aborts: bool) -> None:
         """A commit or an abort is about to be sent."""
-        claim = self.by_fence(fence)
+        claim = self._by_nonce(fence)
         # An answer that comes late says nothing about its lease any more.
         claim.lease_s = -1.0
         claim.ending = True
         claim.aborted |= aborts
-        if aborts:
-            self.run_of(claim).may_end = True
+        if aborts and claim.run is not None:
+            claim.run.may_end = True
 
     def fenced(self, fence: Fence, commits: bool) -> None:
         """The store has called this fence an old one: there must have been a later claim, or an end of
@@ -133,11 +148,12 @@ class Claims:
             raise Violation(f"{claim.turn.key}: the latest claim of all was fenced")
 
     def quarantined(self, claim: Claim, may_lack: bool) -> None:
-        """Refused, as the turn had lost too many owners: it, and one before that stored no token."""
+        """Refused, as the turn had lost too many owners that stored no token."""
         if self._holder is not None:
             self._holder.lease_s = -1.0
-        if self._tries[claim.turn.key] < 2 and not may_lack:
-            raise Violation(f"{claim.turn.key}: quarantined without two lost owners in a row")
+        deaths, others = self._losses[claim.turn.key]
+        if deaths < LIMITS.max_attempts and others <= LIMITS.max_lapses and not may_lack:
+            raise Violation(f"{claim.turn.key}: quarantined after {deaths} deaths")
 
     def shown(
         self, replica: str, key: str, k: int, tokens: tuple[int, ...], may_lack: bool
@@ -157,17 +173,31 @@ class Claims:
                 raise Violation(f"{key}: token {place} is {token}, but was shown as {was}")
             again = may_lack and (key, place, token) in self._ever_shown
             self._ever_shown.add((key, place, token))
-            if run.stored[place : place + 1] != [token] and not again:
+            if self._durable and run.stored[place : place + 1] != [token] and not again:
                 raise Violation(f"{key}: token {place} was shown before it was stored")
 
     def by_fence(self, fence: Fence) -> Claim:
         return next(claim for claim in self._all if claim.fence == fence)
+
+    def _by_nonce(self, fence: Fence) -> Claim:
+        """Also of a claim whose answer was lost."""
+        return next(claim for claim in reversed(self._all) if claim.turn.nonce == fence.nonce)
 
     @staticmethod
     def run_of(claim: Claim) -> Run:
         if claim.run is None:
             raise LookupError(f"claim {claim.number} was given nothing")
         return claim.run
+
+    def _is_late(self, claim: Claim, fence: Fence) -> bool:
+        """Whether the turn was taken over again before this answer came."""
+        later = (c.fence for c in self._all if c.run is claim.run and c.fence is not None)
+        return any(other.epoch > fence.epoch for other in later)
+
+    def _branch_off(self, claim: Claim, stored: list[int]) -> None:
+        """A store that went back under a lost owner lets an older one go on, with tokens of its own."""
+        claim.run = Run(list(stored))
+        self._runs[claim.turn.key] = (claim.run, claim)
 
     def _check_lease(self, claim: Claim, ownership: Ownership, now_s: float) -> None:
         holder = self._holder

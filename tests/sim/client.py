@@ -134,6 +134,7 @@ class User:
         self._past: list[tuple[int | None, str | None]] = []
         self._number = 0
         self._owner = ""
+        self._saw_death = False
 
     async def talk(self, turns: int) -> None:
         """So many turns, then stop."""
@@ -148,6 +149,7 @@ class User:
         call = self._new_call()
         self._past.append((self._turn, self._head))
         self._around.ledger.asked(call)
+        self._saw_death = False
         seen: list[int] = []
         if self._chance(self._habits.second_reader):
             second = asyncio.create_task(self._read_along(call))
@@ -210,7 +212,8 @@ class User:
             if self._chance(self._habits.forgets_shown):
                 # As a client that lost its memory: it reads from the start again.
                 seen.clear()
-            now = replace(call, steal=steal, shown_ids=tuple(seen))
+            steal = steal or self._saw_death
+            now = replace(call, steal=steal, blameless=not self._saw_death, shown_ids=tuple(seen))
             steal = self._chance(self._habits.steals)
             try:
                 end = await self._hear(server, now, seen, quitting)
@@ -218,15 +221,18 @@ class User:
                 self._note(f"{call.key} at {server.process.name}: {type(trouble).__name__}")
                 # Whoever sees an owner die may take its turn away at once.
                 steal = True
+                self._saw_death |= isinstance(trouble, ReplicaDied)
                 await asyncio.sleep(self._random.uniform(0.0, 0.4))
                 continue
             if end is None:
                 self._note(f"{call.key} given up after {len(seen)} tokens")
                 await self._look()
                 return
-            if await self._ends(call, end, seen):
+            if await self._ends(now, end, seen):
                 return
-            steal = steal or (isinstance(end, TurnRefused) and end.resumable)
+            if isinstance(end, TurnRefused) and end.resumable:
+                steal = True
+                self._saw_death |= end.fatal
             await asyncio.sleep(self._random.uniform(0.05, 0.6))
         raise Violation(f"{call.key} got no answer in {MAX_TRIES} tries")
 
@@ -239,7 +245,7 @@ class User:
             async for item in items:
                 match item:
                     case TurnAccepted(replica=replica):
-                        self._owner = replica
+                        self._owner, self._saw_death = replica, False
                     case TurnTokens(k=k, token_ids=tokens):
                         if k != len(seen):
                             raise Violation(f"{call.key}: token {k} came after {len(seen)} tokens")
@@ -258,7 +264,10 @@ class User:
         ledger = self._around.ledger
         if isinstance(end, TurnDone):
             self._note(f"{call.key} done as turn {end.turn}")
-            ledger.done(call, seen, end)
+            ledger.done(call, seen, end, streamed=len(seen) > len(call.shown_ids))
+            if end.output_ids.tolist()[: len(seen)] != seen:
+                await self._look()
+                return True
             if self._turn is None or end.turn > self._turn:
                 self._turn, self._head = end.turn, end.head
             if self._chance(self._habits.asks_again):
@@ -290,7 +299,7 @@ class User:
         server = self._choose(0.2 if steal else 0.8)
         if server is None:
             return
-        along = replace(call, on_disconnect="finish", steal=steal)
+        along = replace(call, on_disconnect="finish", steal=steal, blameless=True)
         try:
             async with aclosing(listen(server, along, self._habits.patience_s)) as items:
                 async for item in items:

@@ -108,11 +108,13 @@ class BareCodec:
 class RealReplica:
     """`tests.sim.client.Runner` over production's TurnRunner."""
 
+    tunables = TUNABLES
+
     def __init__(self, host: Host) -> None:
         self._host = host
         self._loop = SteppedLoop(PoisonedEngine(host))
         parts = ReplicaParts(host.process.name, SPEC, MODEL, self._loop, host.store, BareCodec())
-        self._runner = TurnRunner(parts, TUNABLES)
+        self._runner = TurnRunner(parts, self.tunables)
         host.process.spawn(self._turn_crank())
 
     async def turn(self, call: TurnCall) -> AsyncGenerator[TurnItem, None]:
@@ -132,6 +134,12 @@ class RealReplica:
                     if POISON in task.call.input_ids:
                         self._host.on_poison(task.call)
                 await process.gate()
+
+
+class HastyReplica(RealReplica):
+    """Stores nothing before the commit."""
+
+    tunables = TUNABLES.model_copy(update={"durability": "turn"})
 
 
 @contextlib.contextmanager
@@ -154,3 +162,4 @@ def real_oracle(
 
 
 REAL = Cast(RealReplica, real_oracle, virtual_clock)
+HASTY = Cast(HastyReplica, real_oracle, virtual_clock, durable=False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -182,13 +182,13 @@ class SimReplica:
         return (mine.key, mine.request_hash) == (call.key, call.request_hash)
 
     async def _begin(self, call: TurnCall) -> Ownership | CommittedTurn | BusyTurn:
-        begun = await self._store.begin(self._claim(call, call.steal))
+        begun = await self._store.begin(self._claim(call))
         if isinstance(begun, BusyTurn) and begun.owner == self.name:
             # The store says that it runs here, and it does not: an answer to us was lost.
-            begun = await self._store.begin(self._claim(call, steal=True))
+            begun = await self._store.begin(self._claim(replace(call, steal=True, blameless=True)))
         return begun
 
-    def _claim(self, call: TurnCall, steal: bool) -> BeginTurn:
+    def _claim(self, call: TurnCall) -> BeginTurn:
         return BeginTurn(
             conversation_id=call.conversation_id,
             tenant=call.tenant,
@@ -201,7 +201,8 @@ class SimReplica:
             nonce=f"{self._host.random.getrandbits(128):032x}",
             key=call.key,
             request_hash=call.request_hash,
-            steal=steal,
+            steal=call.steal,
+            blameless=call.blameless,
         )
 
     async def _start(self, call: TurnCall, ownership: Ownership) -> Running | TurnRefused:

@@ -58,6 +58,9 @@ class RemoteStore:
             lambda: self._inner.transcript(tenant, conversation_id, limit, before)
         )
 
+    async def system_messages(self, tenant: str, conversation_id: str) -> Sequence[Message]:
+        return await self._call(lambda: self._inner.system_messages(tenant, conversation_id))
+
     async def begin(self, turn: BeginTurn) -> Begun:
         return await self._call(lambda: self._inner.begin(turn))
 
@@ -166,7 +169,9 @@ class WatchedStore:
             end = checkpoint.k + len(checkpoint.token_ids)
             self._note(f"checkpoint {checkpoint.conversation_id[-4:]} ..{end} -> {outcome}")
             if answer is None:
-                self._ledger.claims(checkpoint.conversation_id).stored(checkpoint, sent_s)
+                self._ledger.claims(checkpoint.conversation_id).stored(
+                    checkpoint, sent_s, self._ledger.may_be_gone(checkpoint.conversation_id)
+                )
             elif isinstance(answer, Fenced):
                 self._ledger.fenced(checkpoint.conversation_id, checkpoint.fence)
         return answers

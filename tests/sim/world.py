@@ -67,11 +67,14 @@ MakeReplica = Callable[[Host], Runner]
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Which replicas play, what the deterministic ones must say, what else has to be virtual."""
+    """Which replicas play, what the deterministic ones must say, what else has to be virtual; `durable`:
+    whether they store tokens before they show them. If not, only a client that keeps what it has seen, and
+    reads alone, can count on it."""
 
     make: MakeReplica = SimReplica
     oracle: Oracle = oracle_reply
     around: Callable[[VirtualLoop], AbstractContextManager[None]] = lambda _: nullcontext()
+    durable: bool = True
 
 
 SMALL = Cast()
@@ -121,7 +124,7 @@ class World:
     ) -> None:
         self.plan = plan
         self._loop = loop
-        self.ledger = Ledger(plan.noisy, plan.kind in KEEPS_LEASES, players.oracle)
+        self.ledger = Ledger(plan.noisy, plan.kind in KEEPS_LEASES, players.oracle, players.durable)
         dice = Dice(plan.seed)
         self._dice = dice
         self._random = dice.stream("world")
@@ -130,6 +133,7 @@ class World:
         self.network = Network(loop, dice.stream("network"), loss, delay_s)
         self._backend = open_backend(self.network)
         self._make = players.make
+        self._durable = players.durable
         self._num_replicas = self._random.randrange(2, 5)
         self._num_made = 0
         self._servers: list[Server] = []
@@ -228,6 +232,7 @@ class World:
             steals=0.0 if self.plan.kind == "rollback" else draw.choice((0.0, 0.2, 0.7)),
             patience_s=12.0 if self.plan.kind == "rollback" else 3.0,
             lies=0.1 if self.plan.kind == "calm" else 0.0,
+            **({} if self._durable else {"forgets_shown": 0.0, "second_reader": 0.0}),
             poison=0.05 if poisonous and draw.random() < 0.5 else 0.0,
         )
 
