@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments.errors import ServiceError
 from deployments.http_io import dump_json, internal_error_info
@@ -19,6 +19,8 @@ from deployments.rejoin import ReplyStream
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+OPENING_WAIT_S = 0.25
 
 
 class ClientGone(Exception):
@@ -58,27 +60,47 @@ class EventStream(Response):
             await self._turn.close()
 
     async def _send_all(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await self._send(send, start)
+        """Headers and the opening go out together with the first text, if that comes soon: on the way to
+        the client one message then takes the place of two."""
+        messages = self._messages()
+        coming: asyncio.Task[Message] | None = None
+        try:
+            async with contextlib.aclosing(messages):
+                opening = [await anext(messages), await anext(messages)]
+                coming = asyncio.ensure_future(anext(messages))
+                await asyncio.wait({coming}, timeout=OPENING_WAIT_S)
+                for message in opening:
+                    await self._send(send, message)
+                await self._send(send, await coming)
+                async for message in messages:
+                    await self._send(send, message)
+        except OSError:
+            raise ClientGone from None
+        finally:
+            if coming is not None and not coming.done():
+                coming.cancel()
+                await asyncio.wait({coming})
+
+    async def _messages(self) -> AsyncGenerator[Message, None]:
+        """The whole response: its start, at least one event, its end."""
+        yield {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         chunks = self._turn.chunks(self._usage)
         try:
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
-                    await self._send(send, _event(chunk))
-            await self._send(send, _body(b"data: [DONE]\n\n"))
+                    yield _event(chunk)
+            yield _body(b"data: [DONE]\n\n")
         except ServiceError as error:
             self._turn.metrics.failed(error.info.code)
-            await self._send(send, _event(error.info.body()))
-        except (ClientGone, OSError):
-            raise ClientGone from None
+            yield _event(error.info.body())
         except Exception:
             log.exception("a stream failed")
             self._turn.metrics.failed("internal_error")
             info = internal_error_info(self._turn.head.completion_id)
-            await self._send(send, _event(info.body()))
-        await self._send(send, _body(b"", more=False))
+            yield _event(info.body())
+        yield _body(b"", more=False)
 
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+    async def _send(self, send: Send, message: Message) -> None:
         """A client that stops reading is given up after a while."""
         try:
             async with asyncio.timeout(self._stall_timeout_s):
@@ -108,7 +130,7 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-def _event(value: Mapping[str, Any]) -> dict[str, Any]:
+def _event(value: Mapping[str, Any]) -> Message:
     """The chunk's `event_id`, where it has one, goes into the event's own."""
     fields = dict(value)
     event_id = fields.pop("event_id", None)
@@ -116,5 +138,5 @@ def _event(value: Mapping[str, Any]) -> dict[str, Any]:
     return _body(head + b"data: " + dump_json(fields) + b"\n\n")
 
 
-def _body(data: bytes, more: bool = True) -> dict[str, Any]:
+def _body(data: bytes, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": more}
