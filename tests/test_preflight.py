@@ -112,7 +112,7 @@ async def test_a_live_store(redis_url: str, valkey_server: ValkeyServer) -> None
     assert "none yet" in next(c.detail for c in before if c.name == "store functions")
     await (await RedisStore.connect(redis_url)).close()
     after = preflight.store(redis_url)
-    assert "version 2" in next(c.detail for c in after if c.name == "store functions")
+    assert "version 3" in next(c.detail for c in after if c.name == "store functions")
     assert verdicts() == {
         "store": verdicts()["store"],
         "store version": "ok",
