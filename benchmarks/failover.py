@@ -39,6 +39,7 @@ from benchmarks.chaos.rig import DEMO_FIELDS, NotHappened, Rig, kill
 from benchmarks.endurance import messages
 from cluster.conversation import BeginTurn, Conversation, Message, Ownership, TurnCommit, chain_head
 from cluster.redis_store import RedisStore
+from cluster.store import ConversationStore
 from deployments.auth import DEFAULT_TENANT
 from deployments.config import DEMO_MODEL, load_config
 from deployments.conversation_records import hash_all
@@ -89,7 +90,7 @@ class Client(ChaosClient):
 
 
 async def grow_old(
-    store: RedisStore, codec: ChatCodec, conversation_id: str, num_tokens: int
+    store: ConversationStore, codec: ChatCodec, conversation_id: str, num_tokens: int
 ) -> Conversation:
     """Give an empty conversation about `num_tokens` tokens of history: claims and commits as a replica
     makes them, but their input is never computed and the replies are empty."""
@@ -141,7 +142,7 @@ def resumption_s(log: TurnLog, killed_s: float) -> float:
 class Measurement:
     """Kills on one service that is up."""
 
-    def __init__(self, rig: Rig, store: RedisStore, codec: ChatCodec) -> None:
+    def __init__(self, rig: Rig, store: ConversationStore, codec: ChatCodec) -> None:
         self._rig = rig
         self._store = store
         self._codec = codec
@@ -178,7 +179,7 @@ class Measurement:
         return Resumed(
             target_tokens=num_tokens,
             age_tokens=int(log.usage.get("prompt_tokens", 0)),
-            resumed_s=resumption_s(log, killed_s),
+            resumed_s=round(resumption_s(log, killed_s), 3),
             recovery=str(counts.get("recovery", "")),
             prefill_tokens=int(counts.get("prefill_tokens", 0)),
             replay_depth=record.sink_tokens + record.replay_windows * record.window_tokens,
@@ -283,6 +284,7 @@ def draw(kills: Sequence[Resumed], path: Path) -> None:
         )
         axis.axvline(depth, color="gray", linestyle=":", label=f"replay depth, {depth:,} tokens")
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_ylim(0, None)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("age of the conversation, tokens")

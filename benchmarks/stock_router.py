@@ -89,7 +89,7 @@ def _turn(url: str, session: str, kills: bool) -> Json:
     except httpx.HTTPError as error:
         seen["error"] = f"{type(error).__name__}: {error}"
     if killed_s:
-        seen["over_after_s"] = time.monotonic() - killed_s
+        seen["over_after_s"] = round(time.monotonic() - killed_s, 3)
     return seen
 
 
