@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ from rich.progress import Progress
 from benchmarks import report, stock_router
 from benchmarks.chaos.client import ChaosClient, ClientOptions, TurnLog
 from benchmarks.chaos.oracle import Asked
-from benchmarks.chaos.rig import DEMO_FIELDS, NotHappened, Rig, kill
+from benchmarks.chaos.rig import APPLICATION, DEMO_FIELDS, NotHappened, Rig, kill
 from benchmarks.endurance import messages
 from cluster.conversation import BeginTurn, Conversation, Message, Ownership, TurnCommit, chain_head
 from cluster.redis_store import RedisStore
 from cluster.store import ConversationStore
 from deployments.auth import DEFAULT_TENANT
-from deployments.config import DEMO_MODEL, load_config
+from deployments.config import DEMO_MODEL, ConfigError, load_config
 from deployments.conversation_records import hash_all
 from deployments.engine_files import locate_engine
 from deployments.text import ChatCodec
@@ -169,13 +169,14 @@ class Measurement:
         owner = (await self._store.get(DEFAULT_TENANT, client.conversation_id)).owner
         pid = self._rig.replicas()[owner].pid
         turn = asyncio.create_task(client.say(Asked("Tell me a long story.", REPLY_TOKENS, seed)))
-        await asyncio.wait_for(reached.wait(), PATIENCE_S)
+        turn.add_done_callback(lambda _: reached.set())
+        await reached.wait()
         killed_s = time.monotonic()
         await asyncio.to_thread(kill, pid)
         log = await turn
         counts = log.usage.get("sinkserve", {})
-        if counts.get("recovery") == "none":
-            raise NotHappened("the turn was over before the kill")
+        if counts.get("recovery", "none") == "none":
+            raise NotHappened(f"the turn was over before the kill: {log.error or counts}")
         return Resumed(
             target_tokens=num_tokens,
             age_tokens=int(log.usage.get("prompt_tokens", 0)),
@@ -189,46 +190,45 @@ class Measurement:
             and log.event_ids[-1][1] == log.num_chars,
         )
 
+    async def kills(self, ages: Sequence[int], repeats: int) -> AsyncIterator[Resumed]:
+        """Age by age within a round: the machine's drift falls on all of them. Raises NotHappened."""
+        for seed, age in itertools.product(range(repeats), ages):
+            yield await self.kill_at(age, seed)
+
 
 def run(options: argparse.Namespace, console: Console) -> tuple[Json, list[Resumed], list[Json]]:
-    """Facts of the service, the kills, and those of the baseline."""
+    """Facts of the service, the kills, and those of the baseline. Raises NotHappened, ConfigError."""
     fields = {**DEMO_FIELDS, "capacity": options.capacity}
     config = load_config({**fields, "model": DEMO_MODEL})
     files = locate_engine(config)
-    with Progress(console=console) as progress:
-        task = progress.add_task("starting", total=options.repeats * (len(options.ages) + 1))
-        with Rig(REPLICAS, keeps_gcs=False, fields=fields) as rig:
-            rig.deploy()
+    ours: list[Resumed] = []
+    with (
+        Progress(console=console) as progress,
+        Rig(REPLICAS, keeps_gcs=False, fields=fields) as rig,
+    ):
+        task = progress.add_task("SinkServe", total=options.repeats * len(options.ages))
+        rig.deploy()
 
-            async def kills() -> list[Resumed]:
-                store = await RedisStore.connect(rig.store.url)
-                measurement = Measurement(rig, store, files.codec)
-                found = []
-                # Age by age within a round: the machine's drift falls on all of them.
-                for seed, age in itertools.product(range(options.repeats), options.ages):
-                    progress.update(task, description=f"{age:,} tokens", advance=0)
-                    one = await measurement.kill_at(age, seed)
-                    console.print(
-                        f"{one.age_tokens:>8,} tokens: {one.resumed_s:6.2f} s, {one.recovery}, "
-                        f"{one.prefill_tokens:,} prefilled, {one.requests} request(s)"
-                    )
-                    progress.advance(task)
-                    found.append(one)
-                await store.close()
-                return found
-
-            ours = asyncio.run(kills())
-            progress.update(task, description="stock router")
-            serve.delete("sinkserve")
-            serve.run(
-                stock_router.build(REPLICAS),
-                name=stock_router.NAME,
-                route_prefix=f"/{stock_router.NAME}",
-            )
-            theirs = []
-            for number in range(options.repeats):
-                theirs.append(stock_router.cut_turn(rig.url, f"session-{number}"))
+        async def measure() -> None:
+            store = await RedisStore.connect(rig.store.url)
+            kills = Measurement(rig, store, files.codec).kills(options.ages, options.repeats)
+            async for one in kills:
+                console.print(
+                    f"{one.age_tokens:>8,} tokens: {one.resumed_s:6.2f} s, {one.recovery}, "
+                    f"{one.prefill_tokens:,} prefilled, {one.requests} request(s)"
+                )
                 progress.advance(task)
+                ours.append(one)
+            await store.close()
+
+        asyncio.run(measure())
+        serve.delete(APPLICATION)
+        application = stock_router.build(REPLICAS)
+        serve.run(application, name=stock_router.NAME, route_prefix=f"/{stock_router.NAME}")
+        theirs = [
+            stock_router.cut_turn(rig.url, f"session-{number}")
+            for number in progress.track(range(options.repeats), description="stock router")
+        ]
     facts = {
         "load_average_1_5_15_min": os.getloadavg(),
         "ray": ray.__version__,
@@ -316,7 +316,11 @@ def main() -> int:
     if min(options.ages) < AGES[0] or options.repeats < 1:
         parser.error(f"--ages start at {AGES[0]} and --repeats at 1")
     console = Console()
-    facts, kills, stock = run(options, console)
+    try:
+        facts, kills, stock = run(options, console)
+    except (NotHappened, ConfigError) as error:
+        console.print(f"no measurement: {error}")
+        return 1
     result = {
         **facts,
         "summary": summarise(kills),

@@ -63,9 +63,10 @@ def build(num_replicas: int) -> Application:
     """The application, with Serve's defaults but for the router and the CPUs."""
     # Ray types what `serve.deployment` returns as a decorator.
     deployment: Any = serve.deployment(StockReplica)
+    router: Json = {"request_router_class": _ROUTER}
     options = deployment.options(
         num_replicas=num_replicas,
-        request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
+        request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": 0.1},
     )
     application: Application = options.bind()
