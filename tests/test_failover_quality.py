@@ -7,7 +7,7 @@
 
 Owner and heir are production's own: turn runner, engine loop, CPU engine, a real Valkey server. The heir
 draws its own tokens and is then made to go on with the uninterrupted reply's, so that both give their
-next-token distributions to the same tokens, to the reply's end. All they differ by is how their cache was made.
+next-token distributions to the same tokens. All they differ by is how their cache was made.
 """
 
 from __future__ import annotations
