@@ -24,7 +24,7 @@ class MortalStore:
         self, store: ConversationStore, dies_at: int | Literal["commit"] | None = None
     ) -> None:
         self._store = store
-        self._dies_at = dies_at
+        self.dies_at = dies_at
         self.died = asyncio.Event()
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -41,15 +41,15 @@ class MortalStore:
     async def checkpoint(self, batch: Sequence[Checkpoint]) -> Sequence[StoreError | None]:
         await self._alive()
         for one in batch:
-            if isinstance(self._dies_at, int) and one.k + len(one.token_ids) > self._dies_at:
-                stored = replace(one, token_ids=one.token_ids[: self._dies_at - one.k])
+            if isinstance(self.dies_at, int) and one.k + len(one.token_ids) > self.dies_at:
+                stored = replace(one, token_ids=one.token_ids[: self.dies_at - one.k])
                 await self._store.checkpoint([stored])
                 self.died.set()
         await self._alive()
         return await self._store.checkpoint(batch)
 
     async def commit(self, commit: TurnCommit) -> Conversation:
-        if self._dies_at == "commit":
+        if self.dies_at == "commit":
             self.died.set()
         await self._alive()
         return await self._store.commit(commit)
