@@ -1,7 +1,7 @@
 """Does it matter how old a conversation is when its replica dies?
 
-    python -m benchmarks.failover --quick                two ages, one kill each: about 2 minutes
-    python -m benchmarks.failover                        100 to 100,000 tokens
+    python -m benchmarks.failover --quick                two ages, one kill each
+    python -m benchmarks.failover                        100 to 100,000 tokens, three kills each
     python -m benchmarks.failover --record --plot        also writes its JSON and its picture
 
 Two replicas of the demo model serve on a Ray cluster of this machine's own. Conversations are made old in
