@@ -130,7 +130,7 @@ class Served:
     def replica(self, name: str, engine: Engine) -> Replica:
         store = MortalStore(self.store)
         loop = EngineLoop(engine)
-        parts = ReplicaParts(name, engine.spec, "demo", loop, store, self.codec)  # type: ignore[arg-type]
+        parts = ReplicaParts(name, engine.spec, "demo", loop, store, self.codec)
         self.exits.push_async_callback(asyncio.to_thread, loop.stop, drain=False, timeout_s=20.0)
         return Replica(store, loop, TurnRunner(parts, Tunables()))
 
@@ -240,7 +240,7 @@ def noise_floor(served: Served, story: Story) -> float:
     """Mean KL of a cache that has run all the same tokens, in other chunks."""
     engine = served.engine()
     row, length = row_for(window_of(engine.spec, SINKS)), 0
-    divergences = []
+    divergences = list[float]()
 
     def run(tokens: TokenIds) -> Logits:
         nonlocal length
@@ -248,7 +248,8 @@ def noise_floor(served: Served, story: Story) -> float:
         (result,) = engine.step(StepPlan((step,))).rows
         length += len(tokens)
         assert result.logits is not None
-        return result.logits[-1]
+        last: Logits = result.logits[-1]
+        return last
 
     for index, k in story.cut_turns:
         reply = np.array(story.replies[index], np.int32)
