@@ -21,42 +21,16 @@ from typing import Any
 import onnx
 
 from benchmarks import report
+from benchmarks.gpu.shapes import LLAMA_3_8B, QWEN2_5_0_5B
 from engine_build.graph import GRAPH_FILE, graph_of_inputs
 from engine_build.plan import PLAN_FILE, build_plan
 from engine_build.plan_profiles import plan_profiles
-from engine_build.spec import EngineSpec, ModelShape, RopeSpec, WeightFormat, kv_dtype_for
+from engine_build.spec import EngineSpec, WeightFormat, kv_dtype_for
 from engine_build.tensorrt_library import load_tensorrt
 
 CAPACITY, MAX_CHUNK = 1024, 512
 
-MODELS = {
-    "Qwen2.5-0.5B": ModelShape(
-        architecture="qwen2",
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_layers=24,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-6,
-        rope=RopeSpec(1e6, 64),
-        tied_head=True,
-        qkv_bias=True,
-    ),
-    "Llama-3-8B": ModelShape(
-        architecture="llama",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope=RopeSpec(5e5, 128),
-    ),
-}
+MODELS = {"Qwen2.5-0.5B": QWEN2_5_0_5B, "Llama-3-8B": LLAMA_3_8B}
 
 CASES: tuple[tuple[str, WeightFormat], ...] = (
     ("Qwen2.5-0.5B", "bfloat16"),
