@@ -9,7 +9,6 @@ whole history, no match, or the match moved on --> new conversation, first turn 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -50,10 +49,6 @@ _MAX_REREADS = 3
 # In the middle of a redeployment: the record is of our model, and the replica is not.
 _OTHER_VERSION = ErrorInfo("not_ready", "The service is being updated; try again later.")
 _UNKNOWN_HEAD = ""
-
-
-class _Fork(Exception):
-    """The history cannot be continued where it was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +154,9 @@ class TurnOpener:
         history = hash_all(GENESIS, known)
         recent = self._recent.take_history(asked.tenant, history)
         if recent is not None:
-            with contextlib.suppress(_Fork):
-                return await self._unless_forked(self._continue(asked, recent, fresh))
+            turn = await self._unless_forked(self._continue(asked, recent, fresh))
+            if turn is not None:
+                return turn
         async with store_errors():
             match = await self._store.match_history(asked.tenant, history)
             if match is None:
@@ -173,21 +169,19 @@ class TurnOpener:
         refused = self._is_old(record) and self._config.on_model_change == "refuse"
         if (moved_on or refused) and not asked.retriable:
             return None
-        with contextlib.suppress(_Fork):
-            if moved_on:
-                step = await self._as_it_was(record, match, fresh)
-                return await self._unless_forked(self._run(asked, step))
-            return await self._unless_forked(self._continue(asked, record, fresh))
-        return None
+        if moved_on:
+            step = await self._as_it_was(record, match, fresh)
+            return await self._unless_forked(self._run(asked, step))
+        return await self._unless_forked(self._continue(asked, record, fresh))
 
-    async def _unless_forked(self, opening: Awaitable[OpenTurn]) -> OpenTurn:
-        """Raises _Fork when it turns out that the conversation cannot be continued like this."""
+    async def _unless_forked(self, opening: Awaitable[OpenTurn]) -> OpenTurn | None:
+        """None when it turns out that the conversation cannot be continued like this."""
         try:
             return await opening
         except ServiceError as error:
             if error.info.code not in _FORK_ON:
                 raise
-            raise _Fork from error
+            return None
 
     async def _as_it_was(
         self, record: Conversation, match: HistoryMatch, fresh: tuple[Message, ...]

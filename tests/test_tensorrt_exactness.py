@@ -16,37 +16,26 @@ from engine.tensorrt_engine import TensorRtEngine
 from engine_build.spec import WeightFormat
 from tests.engine_fixtures import (
     PARTIAL_ROTARY,
-    cached_tensors,
     feed,
     random_tokens,
     row_for,
-    tiny_shape,
     window_of,
 )
-from tests.reference import Floats, ReferenceDecoder, Rule
+from tests.exactness_contract import (
+    CAPACITY,
+    LENGTH,
+    MAX_CHUNK,
+    MAX_ERROR,
+    MIXED,
+    PINNED,
+    WRONG,
+    error,
+    oracle,
+    oracle_logits,
+)
+from tests.reference import Rule
 from tests.tensorrt_on_onnx import OnnxPlanRuntime, make_tensorrt_engine, runtime_of
 from tests.tiny_models import FAMILIES
-
-MAX_ERROR = 1e-4
-CAPACITY, MAX_CHUNK = 40, 20
-PINNED = CAPACITY // 2
-LENGTH = 300
-MIXED = (1, 3, 16, 1, MAX_CHUNK, 7)
-
-
-def error(got: Floats, wanted: Floats) -> float:
-    assert got.shape == wanted.shape
-    return float(np.abs(got - wanted).max())
-
-
-def oracle(rule: Rule, family: str = "llama") -> ReferenceDecoder:
-    return ReferenceDecoder(tiny_shape(family), cached_tensors(family), rule)
-
-
-@functools.cache
-def oracle_logits(sinks: int, length: int = LENGTH, family: str = "llama") -> Floats:
-    tokens = random_tokens(7, length)
-    return oracle(Rule(sinks, CAPACITY - sinks), family).push_all(0, tokens)
 
 
 @functools.cache
@@ -164,13 +153,6 @@ def test_a_chunk_that_holds_sinks_and_queries_beyond_capacity() -> None:
     tokens = random_tokens(4, 130)
     got = feed(engine, tokens, row_for(window_of(engine.spec, 6)), [64])
     assert error(got, oracle(Rule(6, 10)).push_all(0, tokens)) < MAX_ERROR
-
-
-WRONG = {
-    "no sinks": Rule(4, CAPACITY - 4, no_sinks=True),
-    "no position shift": Rule(4, CAPACITY - 4, no_shift=True),
-    "one key too few": Rule(4, CAPACITY - 4, one_key_too_few=True),
-}
 
 
 @pytest.mark.parametrize("name", WRONG)
