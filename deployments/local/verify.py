@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from cluster.gpus import gpu_names, gpus_here
+from deployments.engine_files import computes_here
 from deployments.local.measure_replay import Text, TextError, read_text
 from deployments.local.progress import Steps
 from engine.kernels.compile import KernelError
@@ -56,7 +56,7 @@ def run(engine_dir: Path, request: VerifyRequest, console: Console) -> int:
         spec = load_engine_spec(engine_dir, request.capacity)
         text = read_text(request.text)
         found = _verify(engine_dir, spec, request, text, Steps(console))
-        verified = Verified.of(engine_dir, spec, gpu_names(gpus_here()))
+        verified = Verified.of(engine_dir, spec, computes_here(spec))
         about = {
             "date": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 1),
