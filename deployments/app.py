@@ -18,10 +18,9 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from cluster.embedded import ensure_running
 from deployments.config import EMBEDDED, ServiceConfig, load_config
 from deployments.conversation_router import ConversationRouter
-from deployments.engine_files import locate_engine
+from deployments.engine_files import gpus_of_replica, locate_engine
 from deployments.replica import SinkReplica
 from deployments.serve_ingress import Ingress
-from engine.cuda_options import interpreted
 from engine_build.demo import sinkserve_home
 from engine_build.spec import EngineSpec
 
@@ -53,11 +52,7 @@ def build(args: Mapping[str, Any]) -> Application:
 
 
 def replica_options(config: ServiceConfig, spec: EngineSpec) -> dict[str, Any]:
-    """Of the engine deployment. Raises ConfigError for GPUs that the engine was not built for.
-
-    A CUDA engine in Triton's interpreter asks for no GPU.
-    """
-    gpus = config.gpus_for(spec)
+    """Of the engine deployment. Raises ConfigError for GPUs that the engine was not built for."""
     router: dict[str, Any] = {
         "request_router_class": f"{ConversationRouter.__module__}.{ConversationRouter.__name__}",
         "request_router_kwargs": {
@@ -82,7 +77,7 @@ def replica_options(config: ServiceConfig, spec: EngineSpec) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {
             "num_cpus": config.cpus_per_replica,
-            "num_gpus": 0.0 if interpreted(spec.target) else gpus,
+            "num_gpus": gpus_of_replica(config, spec),
         },
     }
 

@@ -82,6 +82,12 @@ def computes_here(spec: EngineSpec) -> tuple[str, ...]:
     return (INTERPRETER,) if interpreted(spec.target) else gpu_names(gpus_here())
 
 
+def gpus_of_replica(config: ServiceConfig, spec: EngineSpec) -> float:
+    """What a replica asks Ray for: see `ServiceConfig.gpus_for`; the interpreter needs none."""
+    gpus = config.gpus_for(spec)
+    return 0.0 if interpreted(spec.target) else gpus
+
+
 def warm_up(engine: Engine) -> None:
     """Run a chunk and a decode step, so that no conversation's first turn pays for first-time costs.
 

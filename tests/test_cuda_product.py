@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +39,7 @@ from engine_build.manifest import load_engine_spec, load_manifest
 from engine_build.spec import TARGET_FORMATS, WeightFormat
 from engine_build.stored_weights import stored_weights
 from tests.cuda_fixtures import torch
-from tests.cuda_product import CAPACITY, MAX_CHUNK, build_calm, doctored
+from tests.cuda_product import CAPACITY, MAX_CHUNK, build_calm, doctored, write_calm_model
 from tests.engine_fixtures import feed, random_tokens, row_for, window_of
 from tests.fake_turns import HASTE
 from tests.test_front_to_engine import OneReplica
@@ -278,3 +283,48 @@ def test_a_service_answers_as_the_cpu_engine_does_and_goes_on_after_a_replay(
         assert service.recoveries == ["none", "none", recovered]
     assert said[0] == said[1] == said[2]
     assert len(set(said[0])) == len(QUESTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_commands_build_verify_and_serve_it_on_one_machine(tmp_path: Path) -> None:
+    """Without TRITON_INTERPRET there is no GPU to serve it on, which is said, not waited for."""
+    model, engine = write_calm_model(tmp_path / "model"), str(tmp_path / "engine")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    home = tempfile.mkdtemp(prefix="ss-", dir="/tmp")  # pytest's are too long for a unix socket
+
+    def sinkserve(*arguments: str, interpret: str = "1", text: str = "") -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "deployments.cli", *arguments],
+            env=os.environ | {"SINKSERVE_HOME": home, "TRITON_INTERPRET": interpret},
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    up = ("up", "--detach", "--model", engine, "--port", port, "--replicas", "1")
+    try:
+        window = ("--capacity", str(CAPACITY), "--max-chunk", str(MAX_CHUNK))
+        target = ("--target", "cuda", "--weights", "float32")
+        assert sinkserve("build", str(model), "--out", engine, *target, *window)[0] == 0
+        code, said = sinkserve(*up)
+        assert code == 1
+        assert "no verify.json" in said
+        assert sinkserve("verify", engine, "--tokens", "128")[0] == 0
+        code, said = sinkserve(*up, interpret="0")
+        assert code == 1
+        assert "replicas: 1 of 1 GPU each, but Ray finds 0 on this machine" in said
+        code, said = sinkserve(*up)
+        assert code == 0, said
+        code, said = sinkserve("chat", text="one\ntwo\n")
+        assert code == 0, said
+        assert "turn 2" in said
+        assert "interpreter: TRITON_INTERPRET=1" in sinkserve("doctor")[1]
+        assert sinkserve("down")[0] == 0
+    finally:
+        sinkserve("down")
+        shutil.rmtree(home, ignore_errors=True)
