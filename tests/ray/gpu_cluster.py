@@ -75,7 +75,11 @@ def start(asked: dict[str, Any], num_replicas: int) -> Path:
     folder = tempfile.mkdtemp(prefix="ss-gpus-")
     deployment: Any = serve.deployment(Probe)
     probes = deployment.options(num_replicas=num_replicas, ray_actor_options=asked)
-    serve.run(probes.bind(folder), name="probe", route_prefix=None, _blocking=False)
+    serve.run_many(
+        [serve.RunTarget(probes.bind(folder), name="probe", route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
     return Path(folder)
 
 

@@ -16,11 +16,10 @@ import psutil
 import pytest
 
 from tests.cuda_product import CAPACITY, build_calm
+from tests.engine_contract import maker_of
 from tests.ray_fixture import RayService
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
-pytest.importorskip("torch")
-pytest.importorskip("triton")
 
 PATH = "/v1/chat/completions"
 INTERPRET = {"TRITON_INTERPRET": "1"}
@@ -32,6 +31,7 @@ def service(
     request: pytest.FixtureRequest, toy_service: RayService, tmp_path: Path
 ) -> Iterator[RayService]:
     """Two replicas of a verified engine, until the test is over."""
+    maker_of("cuda-interpreted")  # skips where it cannot run
     engine = build_calm(tmp_path, tp_size=request.param)
     subprocess.run(
         [sys.executable, "-m", "deployments.cli", "verify", engine, "--tokens", "128"],
