@@ -22,9 +22,10 @@ from engine.protocol import Logits, SampleRequest
 from engine.sampling import Sampled
 from engine.tensorrt_engine import RuntimeOptions
 from engine.tensorrt_inputs import PassInputs
-from engine_build.demo import sinkserve_home
-from engine_build.graph import LOGIT_ROWS, LOGITS, WEIGHTS_FILE
-from engine_build.lowering_tensorrt import (
+from engine_build.engine_names import LOGIT_ROWS, LOGITS, WEIGHTS_FILE
+from engine_build.files import sinkserve_home
+from engine_build.plan import PLAN_FILE
+from engine_build.plan_inputs import (
     ANGLES,
     PRESENT,
     QUERY_AGES,
@@ -34,7 +35,6 @@ from engine_build.lowering_tensorrt import (
     cache_names,
     cache_row_bytes,
 )
-from engine_build.plan import PLAN_FILE
 from engine_build.plan_profiles import (
     Size,
     decode_buckets,

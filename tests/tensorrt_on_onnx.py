@@ -19,10 +19,11 @@ from engine.protocol import Logits, SampleRequest
 from engine.sampling import Sampled, sample_rows
 from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
 from engine.tensorrt_inputs import PassInputs
-from engine_build.graph import GRAPH_FILE, LOGIT_ROWS, LOGITS, WEIGHTS_FILE, export_graph
-from engine_build.lowering_tensorrt import (
+from engine_build.engine_names import GRAPH_FILE, LOGIT_ROWS, LOGITS, WEIGHTS_FILE
+from engine_build.graph import export_graph
+from engine_build.lowering_tensorrt import COMPUTE_DTYPES
+from engine_build.plan_inputs import (
     ANGLES,
-    COMPUTE_DTYPES,
     PRESENT,
     QUERY_AGES,
     ROW_FIELDS,
