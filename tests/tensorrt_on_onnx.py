@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,18 @@ MAX_HELD = 4
 
 
 class OnnxPlanRuntime:
-    """See `PlanRuntime`. Every cache begins full of NaN: reading what nobody wrote shows."""
+    """See `PlanRuntime`. Every cache begins full of NaN: reading what nobody wrote shows.
 
-    def __init__(self, engine_dir: Path, spec: EngineSpec, num_rows: int) -> None:
+    `weights`: by name; None: those of the engine's file.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        spec: EngineSpec,
+        num_rows: int,
+        weights: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
         graph = str(engine_dir / GRAPH_FILE)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -51,7 +60,7 @@ class OnnxPlanRuntime:
             graph, options, providers=["CPUExecutionProvider"]
         )
         self._spec = spec
-        self._weights = read_weight_file(engine_dir / WEIGHTS_FILE)
+        self._weights = weights or read_weight_file(engine_dir / WEIGHTS_FILE)
         shapes = input_shapes(spec, Size(num_rows, 1, 1))
         dtype = COMPUTE_DTYPES[spec.kv_dtype]
         self.caches: dict[str, npt.NDArray[Any]] = {
