@@ -22,7 +22,7 @@ from deployments.conversation_router import ConversationRouter
 from deployments.engine_files import locate_engine
 from deployments.replica import SinkReplica
 from deployments.serve_ingress import Ingress
-from engine_build.demo import sinkserve_home
+from engine_build.files import sinkserve_home
 from engine_build.spec import EngineSpec
 
 INGRESS_CPUS = 0.1

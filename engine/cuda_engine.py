@@ -20,7 +20,7 @@ from engine.cuda_options import CudaOptions
 from engine.plan_check import check_plan, check_rings
 from engine.protocol import EngineDead, Row, RowResult, StepPlan, StepResult
 from engine.sampling import Sampled
-from engine_build.graph import WEIGHTS_FILE
+from engine_build.engine_names import WEIGHTS_FILE
 from engine_build.manifest import SPEC
 from engine_build.shard import rank_folder
 from engine_build.spec import EngineSpec, SpecError

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.cuda_kernels.linear import Norm, Weights
 from engine.cuda_kernels.rotate import HeadNorms
 from engine.cuda_options import CudaOptions
-from engine_build.lowering_cpu import LEVELS, SCALES
+from engine_build.engine_names import LEVELS, SCALES
 from engine_build.lowering_cuda import LARGEST_FLOAT8, is_float8
 from engine_build.shard import rank_weights
 from engine_build.spec import EngineSpec, KvDtype, ModelShape, SpecError

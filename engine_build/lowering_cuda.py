@@ -12,8 +12,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from engine_build.lowering_cpu import LEVELS, SCALES
-from engine_build.onnx_writer import Declared
+from engine_build.engine_names import LEVELS, SCALES, Declared
 from engine_build.shard import shard_size, whole_weights
 from engine_build.spec import EngineSpec, WeightFormat
 from engine_build.weights import Floats, MergedWeight

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_build.checkpoint import read_checkpoint
-from engine_build.graph import WEIGHTS_FILE
-from engine_build.lowering_cpu import LEVELS, SCALES
+from engine_build.engine_names import LEVELS, SCALES, WEIGHTS_FILE
 from engine_build.quantize import dequantise
 from engine_build.shard import rank_folder, rank_weights, shard_shape
 from engine_build.spec import EngineSpec, ModelShape, SpecError

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from engine_build.onnx_writer import Declared, StoredAt
+from engine_build.engine_names import Declared, StoredAt
 from engine_build.spec import ModelShape
 
 Floats = npt.NDArray[np.float32]
