@@ -19,7 +19,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from cluster.embedded import ensure_running
 from deployments.config import EMBEDDED, ConfigError, ServiceConfig, load_config
 from deployments.conversation_router import ConversationRouter
-from deployments.engine_files import locate_engine
+from deployments.engine_files import gpus_of_replica, locate_engine
 from deployments.replica import SinkReplica
 from deployments.serve_ingress import Ingress
 from engine_build.files import sinkserve_home
@@ -96,7 +96,7 @@ def replica_options(config: ServiceConfig, spec: EngineSpec) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {
             "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_for(spec),
+            "num_gpus": gpus_of_replica(config, spec),
         },
     }
 

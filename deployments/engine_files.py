@@ -16,6 +16,7 @@ import numpy as np
 from cluster.gpus import gpu_names, gpus_here
 from deployments.config import TOY_MODEL, ConfigError, ServiceConfig
 from deployments.text import ChatCodec
+from engine.cuda_options import INTERPRETER, interpreted
 from engine.kernels.compile import KernelError, kernel_library
 from engine.open_engine import EngineOptions, open_engine
 from engine.protocol import Engine, Row, StepPlan
@@ -74,6 +75,20 @@ def locate_engine(
         raise ConfigError([f"model: {error}"]) from error
 
 
+def computes_here(spec: EngineSpec) -> tuple[str, ...]:
+    """Names of what would compute for this engine in this process: the machine's GPUs, or the interpreter.
+
+    What was verified on one of them says nothing of the other.
+    """
+    return (INTERPRETER,) if interpreted(spec.target) else gpu_names(gpus_here())
+
+
+def gpus_of_replica(config: ServiceConfig, spec: EngineSpec) -> float:
+    """What a replica asks Ray for: see `ServiceConfig.gpus_for`; the interpreter needs none."""
+    gpus = config.gpus_for(spec)
+    return 0.0 if interpreted(spec.target) else gpus
+
+
 def warm_up(engine: Engine) -> None:
     """Run a chunk and a decode step, so that no conversation's first turn pays for first-time costs.
 
@@ -107,7 +122,7 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
     spec = files.spec
     try:
         if spec.target != "cpu":
-            now = Verified.of(files.folder, spec, gpu_names(gpus_here()))
+            now = Verified.of(files.folder, spec, computes_here(spec))
             check_verified(files.folder, spec, now)
         return open_engine(
             files.folder,

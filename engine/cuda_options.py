@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from engine_build.spec import SpecError
+from engine_build.spec import SpecError, Target
+
+INTERPRETER = "Triton's interpreter"
+"""What stands for the name of a GPU where there is none."""
+
+
+def interpreted(target: Target) -> bool:
+    """Whether this process runs the kernels of engines for `target` in Triton's interpreter, on the CPU.
+
+    Triton's own switch decides, TRITON_INTERPRET=1 in the environment: a slow way to try a CUDA engine
+    without a GPU. What was verified so does not count on a GPU, nor the other way round.
+    """
+    return target == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,18 @@ with, is imported here when it is opened and not before: a service on CPUs never
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.cuda_options import INTERPRETER, CudaOptions, interpreted
 from engine.protocol import Engine
 from engine_build.libraries import missing_library
 from engine_build.manifest import load_engine_spec
 from engine_build.spec import EngineSpec, SpecError
+
+logger = logging.getLogger(__name__)
 
 CPU_BUDGET_BYTES = 1 << 30
 """For kv_slots where no budget is given and the engine runs on CPUs, which share their memory with all."""
@@ -101,7 +105,11 @@ def _open_cpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) 
 
 
 def _open_gpu_ranks(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
-    return _open_ranks(engine_dir, spec, options, memory_budget_bytes=options.memory_budget_bytes)
+    budget = options.memory_budget_bytes
+    if interpreted(spec.target):
+        _say_interpreted(engine_dir)
+        budget = CPU_BUDGET_BYTES // spec.tp_size if budget is None else budget
+    return _open_ranks(engine_dir, spec, options, memory_budget_bytes=budget)
 
 
 def _open_ranks(
@@ -128,15 +136,27 @@ def _open_ranks(
 
 def _open_cuda(engine_dir: Path, spec: EngineSpec, options: EngineOptions) -> Engine:
     from engine.cuda_engine import CudaEngine
-    from engine.cuda_options import CudaOptions
 
+    device, budget = "cuda", options.memory_budget_bytes
+    if interpreted(spec.target):
+        _say_interpreted(engine_dir)
+        device, budget = "cpu", CPU_BUDGET_BYTES if budget is None else budget
     return CudaEngine(
         engine_dir,
-        memory_budget_bytes=options.memory_budget_bytes,
+        memory_budget_bytes=budget,
+        device=device,
         capacity=spec.capacity,
         options=CudaOptions(
             max_running=options.max_running, host_memory_bytes=options.host_memory_bytes
         ),
+    )
+
+
+def _say_interpreted(engine_dir: Path) -> None:
+    logger.warning(
+        "%s runs in %s, on the CPU and very slowly: TRITON_INTERPRET=1 is set. Unset it to use a GPU",
+        engine_dir.name,
+        INTERPRETER,
     )
 
 

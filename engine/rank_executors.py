@@ -61,7 +61,7 @@ def _open_cpu(options: RankOptions, collective: Collective) -> Engine:
 
 def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
     from engine.cuda_engine import CudaEngine
-    from engine.cuda_options import CudaOptions, TensorParallel
+    from engine.cuda_options import CudaOptions, TensorParallel, interpreted
 
     port = b""
     if collective.rank == 0:
@@ -71,7 +71,7 @@ def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
     return CudaEngine(
         Path(options.engine_dir),
         memory_budget_bytes=options.memory_budget_bytes,
-        device=f"cuda:{collective.rank}",
+        device="cpu" if interpreted("cuda") else f"cuda:{collective.rank}",
         capacity=options.capacity,
         options=CudaOptions(
             max_running=options.max_running,

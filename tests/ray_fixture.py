@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ def ray_cluster() -> Iterator[int]:
 
 @dataclass
 class RayService:
-    """The application as tests see it."""
+    """The application as tests see it. `env_vars` are those of its processes."""
 
     port: int
     fields: dict[str, Any]
-    num_replicas: int = 2
+    env_vars: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -110,6 +110,7 @@ class RayService:
             "route_prefix": "/",
             "import_path": "deployments.app:build",
             "args": self.fields,
+            "runtime_env": {"env_vars": self.env_vars} if self.env_vars else {},
             "deployments": [
                 {"name": "SinkReplica", "num_replicas": num_replicas, **overrides},
                 {"name": "Ingress", **overrides},

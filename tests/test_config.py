@@ -154,8 +154,11 @@ def test_other_gpus_are_refused_with_a_fix(
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-def test_a_group_is_one_actor_with_all_its_gpus(tp_size: int) -> None:
+def test_a_group_is_one_actor_with_all_its_gpus(
+    tp_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray places an actor on one node, so that its ranks share one."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = replica_options(load_config({"model": "engines/x"}), spec_of("cuda", tp_size))
     assert options["ray_actor_options"]["num_gpus"] == tp_size
     assert "placement_group_bundles" not in options

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.protocol import EngineDead, Row, SampleRequest, StepPlan
+from engine.protocol import EngineDead, Row, SampleRequest, SlotCopy, StepPlan
 from engine.sampling import SamplingParams
 from engine.window import SinkWindow
 from engine_build.graph import export_graph
@@ -68,6 +68,25 @@ def test_far_into_a_stream(offset: int) -> None:
     got.append(feed(engine, rest, row_for(window, 1, offset, offset), SIZES))
     wanted = [reference.push_all(0, first), reference.push_all(offset, rest)]
     assert np.abs(np.concatenate(got) - np.concatenate(wanted)).max() < MAX_ERROR
+
+
+def test_a_conversation_comes_back_from_host_memory_into_another_slot() -> None:
+    """Two were saved, and their kv_slots used by others; all of slot_copy_contract.py is a slow test."""
+    slot_bytes = cuda_spec().slot_bytes
+    engine = make_cuda_engine(options=CudaOptions(host_memory_bytes=2 * slot_bytes), slots=2)
+    window, length = window_of(engine.spec, 4), 50
+    tokens = [random_tokens(seed, length + 1) for seed in (1, 2)]
+    for slot in range(2):
+        feed(engine, tokens[slot][:length], row_for(window, slot), [20])
+    strangers = tuple(Row(slot, 0, random_tokens(3 + slot, 20), window) for slot in range(2))
+    saves = (SlotCopy("save", 0, 1), SlotCopy("save", 1, 0))
+    engine.step(StepPlan(strangers, saves))
+    restores = (SlotCopy("restore", 0, 0), SlotCopy("restore", 1, 1))
+    rows = [Row(1 - n, length, tokens[n][length:], window, logits="last") for n in range(2)]
+    for n, result in enumerate(engine.step(StepPlan(tuple(rows), restores)).rows):
+        reference = ReferenceDecoder(engine.spec.model, cached_tensors("llama"), Rule(4, 36))
+        assert result.logits is not None
+        assert np.abs(result.logits[0] - reference.push_all(0, tokens[n])[-1]).max() < MAX_ERROR
 
 
 def test_conversations_of_different_lengths_share_steps() -> None:

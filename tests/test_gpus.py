@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
 from cluster.gpus import Gpu, gpu_names, gpus_here, parse_gpus
+from deployments.config import load_config
 from deployments.local.accelerators import accelerators, gpu_checks, target_checks
+from deployments.local.service import gpu_problem
 
 SAID = """\
 NVIDIA H100 80GB HBM3, 81559, 80994, 9.0, 570.86.15
@@ -46,3 +51,27 @@ def test_the_doctor_says_what_to_install_where_there_is_a_gpu() -> None:
     assert tensorrt.verdict == rtx.verdict == "ok"
     assert not any(check.advice for check in target_checks(False, version))
     assert all(check.ok for check in accelerators())
+
+
+@pytest.mark.parametrize(
+    ("fields", "each", "gpus", "problem"),
+    [
+        ({}, 0.0, 0.0, ""),
+        ({"replicas": 2}, 1.0, 2.0, ""),
+        ({"replicas": 3}, 1.0, 2.0, "replicas: 3 of 1 GPU each, but Ray finds 2 .*Use 2 at most"),
+        ({"replicas": 2}, 4.0, 8.0, ""),
+        ({"replicas": 2}, 4.0, 7.0, "Use 1 at most"),
+        ({"replicas": 1}, 2.0, 1.0, "Ray finds 1 .*doctor.*--target cpu"),
+        ({"replicas": 1}, 1.0, 0.0, "Ray finds 0"),
+        ({"replicas": 10}, 0.1, 1.0, ""),
+        ({"replicas": 3}, 0.6, 2.0, "Use 2 at most"),
+        ({"autoscaling": {"min_replicas": 1, "max_replicas": 9}}, 1.0, 1.0, ""),
+        ({"autoscaling": {"min_replicas": 2, "max_replicas": 9}}, 1.0, 1.0, "min_replicas: 2"),
+    ],
+)
+def test_replicas_that_would_wait_for_gpus_for_ever_are_refused(
+    fields: dict[str, Any], each: float, gpus: float, problem: str
+) -> None:
+    said = gpu_problem(load_config(fields), each, gpus)
+    assert bool(said) == bool(problem)
+    assert re.search(problem, said)

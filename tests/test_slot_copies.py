@@ -11,6 +11,7 @@ from engine.open_engine import EngineOptions, open_engine
 from engine.protocol import Engine, SlotCopy, StepPlan, num_host_slots
 from engine.toy_engine import ToyEngine, ToyText, byte_spec
 from engine_build.manifest import load_engine_spec
+from tests.engine_contract import maker_of
 from tests.engine_fixtures import make_engine
 from tests.slot_copy_contract import CAPACITY, HOST_SLOTS, MAX_CHUNK, SLOTS, SlotCopyContract
 
@@ -34,11 +35,29 @@ def onnx_int8() -> Engine:
     )
 
 
-# To add an engine with host slots, add a maker.
+def cuda_interpreted() -> Engine:
+    maker_of("cuda-interpreted")  # skips where it cannot run
+    from engine.cuda_options import CudaOptions
+    from tests.cuda_fixtures import cuda_spec, make_cuda_engine
+
+    slot_bytes = cuda_spec(capacity=CAPACITY, max_chunk=MAX_CHUNK).slot_bytes
+    return make_cuda_engine(
+        capacity=CAPACITY,
+        max_chunk=MAX_CHUNK,
+        slots=SLOTS,
+        options=CudaOptions(host_memory_bytes=HOST_SLOTS * slot_bytes),
+    )
+
+
+# To add an engine with host slots, add a maker; what is slow here runs with the slow tests.
 MAKERS: tuple[Callable[[], Engine], ...] = (toy, onnx_float32, onnx_int8)
+SLOW_MAKERS: tuple[Callable[[], Engine], ...] = (cuda_interpreted,)
 
 
-@pytest.fixture(params=MAKERS, ids=lambda make: make.__name__)
+@pytest.fixture(
+    params=[*MAKERS, *(pytest.param(make, marks=pytest.mark.slow) for make in SLOW_MAKERS)],
+    ids=lambda make: make.__name__,
+)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     made: Engine = request.param()
     yield made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -379,3 +381,21 @@ def test_the_command_refuses_what_it_cannot_do(
     assert done.exit_code == 1
     assert problem in done.output
     assert not (tiny_engine_dir / REPORT).exists()
+
+
+def test_the_command_refuses_files_that_are_not_what_was_built(
+    tiny_engine_dir: Path, tmp_path: Path
+) -> None:
+    """Of the same size: the reference takes its weights from them, and would agree with the engine."""
+    from typer.testing import CliRunner
+
+    from deployments.cli import app
+
+    folder = shutil.copytree(tiny_engine_dir, tmp_path / "engine")
+    with (folder / "weights.safetensors").open("r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"\x3f")
+    done = CliRunner().invoke(app, ["verify", str(folder), "--tokens", "128"])
+    assert done.exit_code == 1
+    assert "weights.safetensors" in done.output
+    assert not (folder / REPORT).exists()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.gpus import MIB, Gpu, gpus_here
 from cluster.preflight import Check, Verdict
+from engine.cuda_options import INTERPRETER, interpreted
 from engine_build.libraries import LIBRARIES, TARGET_LIBRARIES, installed_version
 from engine_build.spec import Target
 
@@ -21,7 +22,12 @@ _TARGETS: tuple[Target, ...] = ("cuda", "tensorrt", "tensorrt-rtx")
 def accelerators() -> list[Check]:
     """GPUs, then each target and what it lacks, then the launcher of tensor-parallel ranks."""
     found = gpus_here()
-    return [*gpu_checks(found), *target_checks(bool(found), installed_version), launcher_check()]
+    return [
+        *gpu_checks(found),
+        *interpreter_checks(),
+        *target_checks(bool(found), installed_version),
+        launcher_check(),
+    ]
 
 
 def gpu_checks(found: Sequence[Gpu]) -> list[Check]:
@@ -36,6 +42,14 @@ def gpu_checks(found: Sequence[Gpu]) -> list[Check]:
         advice = "Too old for bfloat16: build with --weights float16" if old else ""
         checks.append(Check(f"gpu {number}", "warn" if old else "ok", detail, advice))
     return checks
+
+
+def interpreter_checks() -> list[Check]:
+    """A warning where CUDA engines would not run on a GPU, whether there is one or not."""
+    if not interpreted("cuda"):
+        return []
+    detail = f"TRITON_INTERPRET=1: engines for cuda run in {INTERPRETER}, on the CPU, very slowly"
+    return [Check("interpreter", "warn", detail, "Unset TRITON_INTERPRET to use a GPU")]
 
 
 def target_checks(gpus: bool, version: Callable[[str], str | None]) -> list[Check]:

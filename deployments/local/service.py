@@ -68,6 +68,7 @@ class LocalService:
         self._stopping = False
         self._seen: set[ProcessMark] = set()
         self._store_data: Path | None = None
+        self._gpus_of_replica = 0.0
         self._state = ServiceState(
             process=this_process(),
             phase="starting",
@@ -163,10 +164,11 @@ class LocalService:
         )
 
     def _prepare_engine(self, step: Step) -> None:
-        from deployments.engine_files import locate_engine
+        from deployments.engine_files import gpus_of_replica, locate_engine
 
         try:
             files = locate_engine(self._config, step.update)
+            self._gpus_of_replica = gpus_of_replica(self._config, files.spec)
         except ConfigError as error:
             raise StartError(str(error)) from error
         step.note = f"{self._config.model_name}, window of {files.spec.capacity} tokens"
@@ -216,6 +218,9 @@ class LocalService:
         address = ray.get_runtime_context().gcs_address
         self._state = dataclasses.replace(self._state, ray_address=address)
         self._note("starting")
+        gpus = float(ray.cluster_resources().get("GPU", 0.0))
+        if problem := gpu_problem(self._config, self._gpus_of_replica, gpus):
+            raise StartError(problem)
 
     def _set_environment(self) -> None:
         """For this process and, through Ray, for every replica."""
@@ -284,6 +289,21 @@ def machine_plan(home: Home, config: ServiceConfig, ports: bool) -> preflight.Pl
         redis_url=None if config.redis_url == EMBEDDED else config.redis_url,
         weights=Path(config.model) if config.is_engine_directory else None,
     )
+
+
+def gpu_problem(config: ServiceConfig, each: float, gpus: float) -> str:
+    """Why replicas of `each` GPUs would wait for ever where Ray has `gpus`; "" if they would not."""
+    scaling = config.autoscaling
+    replicas = config.replicas if scaling is None else scaling.min_replicas
+    if each == 0:
+        return ""
+    room = int(gpus // each) if each >= 1 else int(gpus) * int(1 / each + 1e-9)
+    if replicas <= room:
+        return ""
+    setting = "replicas" if scaling is None else "autoscaling.min_replicas"
+    problem = f"{setting}: {replicas} of {each:g} GPU each, but Ray finds {gpus:g} on this machine"
+    fix = f"Use {room} at most" if room else "See `sinkserve doctor`, or build for --target cpu"
+    return f"{problem}. {fix}"
 
 
 def ray_errors() -> type[Exception]:

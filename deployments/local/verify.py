@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from cluster.gpus import gpu_names, gpus_here
+from deployments.engine_files import computes_here
 from deployments.local.measure_replay import Text, TextError, read_text
 from deployments.local.progress import Steps
 from engine.kernels.compile import KernelError
@@ -25,7 +25,7 @@ from engine.verify import VerifyOptions, verify
 from engine.verify_figures import TOLERANCES, Figures, Verification
 from engine.verify_report import REPORT, Verified, write_report
 from engine.verify_run import NUM_SLOTS, EngineFault, default_tokens
-from engine_build.manifest import TOKENIZER, ManifestError, load_engine_spec
+from engine_build.manifest import TOKENIZER, ManifestError, load_engine_spec, load_manifest
 from engine_build.spec import EngineSpec, SpecError
 from engine_build.stored_weights import checkpoint_weights, stored_weights
 
@@ -56,7 +56,7 @@ def run(engine_dir: Path, request: VerifyRequest, console: Console) -> int:
         spec = load_engine_spec(engine_dir, request.capacity)
         text = read_text(request.text)
         found = _verify(engine_dir, spec, request, text, Steps(console))
-        verified = Verified.of(engine_dir, spec, gpu_names(gpus_here()))
+        verified = Verified.of(engine_dir, spec, computes_here(spec))
         about = {
             "date": datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 1),
@@ -80,6 +80,10 @@ def run(engine_dir: Path, request: VerifyRequest, console: Console) -> int:
 def _verify(
     engine_dir: Path, spec: EngineSpec, request: VerifyRequest, text: Text, steps: Steps
 ) -> Verification:
+    with steps.step("Files") as step:
+        # The report names the manifest; the reference would compute with a damaged weight, too.
+        num_files = len(load_manifest(engine_dir, verify="sha256").files)
+        step.note = f"{num_files} as they were built"
     num_tokens = request.tokens or default_tokens(spec)
     options = VerifyOptions(num_tokens, mistakes=request.mistakes, layers=request.layers)
     checkpoint = None if request.model is None else checkpoint_weights(request.model, spec.model)
