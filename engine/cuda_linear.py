@@ -91,14 +91,28 @@ def default_choice(weights: Weights, tokens: int, num_processors: int) -> Choice
         if tokens > _FUSED_NORM:
             return LIBRARY
         return Choice("vector" if tokens == 1 else "tile", blocks)
+    if isinstance(weights, PackedWeights):
+        return _packed_default(weights, tokens, num_processors)
     if tokens == 1:
-        packed = isinstance(weights, PackedWeights)  # as many bytes of each row are more inputs
-        return Choice("vector", Blocks(4 if packed else 2, min(inputs, 1024), 4, 1))
+        return Choice("vector", Blocks(2, min(inputs, 1024), 4, 1))
     if tokens <= (64 if weights.scale is not None else 32):
         outputs = 64
         while outputs > 16 and weights.num_outputs < outputs * 2 * num_processors:
             outputs //= 2
         return Choice("tile", Blocks(outputs, 128, 4, 4))
+    return LIBRARY
+
+
+def _packed_default(weights: PackedWeights, tokens: int, num_processors: int) -> Choice:
+    """Each thread of the vector kernel has several outputs, to share what it works out of the inputs."""
+    if tokens == 1:
+        outputs = 64
+        while outputs > 16 and weights.num_outputs < outputs * num_processors:
+            outputs //= 2
+        return Choice("vector", Blocks(outputs, 512, 4, 1))
+    if tokens <= 64:
+        full = weights.num_outputs >= 64 * num_processors
+        return Choice("tile", Blocks(64, BLOCK, 4, 4) if full else Blocks(32, BLOCK, 2, 4))
     return LIBRARY
 
 

@@ -52,7 +52,12 @@ def normed(x: Floats, weight: Floats) -> Floats:
 
 
 def error_of(
-    choice: Choice | None, tokens: int, inputs: int, gated: bool, dtype: Any, wrong_group: bool = False
+    choice: Choice | None,
+    tokens: int,
+    inputs: int,
+    gated: bool,
+    dtype: Any,
+    wrong_group: bool = False,
 ) -> float:
     """The largest, relative to the largest result: norm, product, bias, then gate or sum."""
     outputs = 40

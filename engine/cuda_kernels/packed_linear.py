@@ -3,6 +3,9 @@
 The same layers as linear.py, in the same two ways, activations being 16-bit. `unpack` is for more tokens than
 that: rows of a matrix as 16-bit numbers, for the vendor's library.
 
+`parts`: groups in a block of 128 inputs; `per_group`: levels of a word in each. `even`: no block of inputs ends
+beyond the last input, so that none is looked out for.
+
 Unpacking has to be cheap: at the speed of memory a multiprocessor has about three instructions for a weight,
 and converting an integer costs more. So levels become floats by being put into a mantissa. `vector_packed`
 leaves it at that: 4 bits at the top of the mantissa of 1 are 1 + level / 16, and what the 1 adds to a sum
@@ -18,7 +21,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.cuda_kernels.common import WORD, dot, interpreted, launch_options, power_of_two
+from engine.cuda_kernels.common import (
+    EMULATED,
+    WORD,
+    dot,
+    interpreted,
+    launch_options,
+    power_of_two,
+)
 from engine.cuda_kernels.linear import (
     LINE_BYTES,
     PREFETCHED_LINES,
@@ -34,10 +44,7 @@ _BLOCK, _WORDS = tl.constexpr(BLOCK), tl.constexpr(WORDS)
 _SLOTS = tl.constexpr(BLOCK // WORDS)
 """Levels in a word: one of each run of 16 inputs."""
 _LINE = tl.constexpr(LINE_BYTES // 4)
-_ONE = tl.constexpr(0x3F800000)
-_LARGE = tl.constexpr(0x4B000000)
-"""1 and 2**23 as float32; the last bit of the latter counts 1."""
-_LARGE_ZERO = tl.constexpr(float(2**23 + ZERO_POINT))
+_ZERO = tl.constexpr(float(ZERO_POINT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +69,32 @@ class PackedWeights(Weights):
 
 
 @triton.jit
+def _into(words, mask: tl.constexpr, exponent: tl.constexpr):
+    """(words & mask) | exponent as float32: one instruction, for which compilers take two."""
+    if EMULATED:
+        bits = (words & mask) | exponent
+    else:
+        bits = tl.inline_asm_elementwise(
+            f"lop3.b32 $0, $1, {mask}, {exponent}, 0xEA;",
+            "=r,r",
+            [words],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _level(words, slot: tl.constexpr):
-    """Level number `slot` of each word, float32."""
-    bits = ((words >> 4 * slot) & 15) | _LARGE
-    return bits.to(tl.float32, bitcast=True) - _LARGE_ZERO
+    """Level number `slot` of each word, float32.
+
+    Four bits at place p of the mantissa of 2**(23 - p) count ones. Slots above 4 share a shift.
+    """
+    place: tl.constexpr = 4 * (slot % 5) + (4 if slot > 4 else 0)
+    moved = words >> 16 if slot > 4 else words
+    kept = _into(moved, 15 << place, (150 - place) << 23)
+    return kept - (2.0 ** (23 - place) + _ZERO)
 
 
 @triton.jit
@@ -74,13 +103,12 @@ def _fraction(words, slot: tl.constexpr):
 
     Slots 1 and 2, 3 and 4, 5 and 6 lie side by side after one shift.
     """
-    mask: tl.constexpr = 0x78000 if slot % 2 else 0x780000
     left: tl.constexpr = (15 if slot % 2 else 19) - 4 * slot
     if left >= 0:
         moved = words << left
     else:
         moved = words >> -left
-    return ((moved & mask) | _ONE).to(tl.float32, bitcast=True)
+    return _into(moved, 0x78000 if slot % 2 else 0x780000, 0x3F800000)
 
 
 @triton.jit
@@ -125,6 +153,8 @@ def _vector_packed(
     biased: tl.constexpr,
     accumulate: tl.constexpr,
     parts: tl.constexpr,
+    per_group: tl.constexpr,
+    even: tl.constexpr,
     block_n: tl.constexpr,
     block_w: tl.constexpr,
     lines: tl.constexpr,
@@ -154,43 +184,44 @@ def _vector_packed(
             prefetch(row2, num_words, lines, _LINE)
         gdc_wait()
     for start in range(0, num_words, block_w):
-        inside = wanted[:, None] & (start + t < num_words)[None, :]
+        inside = wanted[:, None] & ((start + t < num_words) | even)[None, :]
         # The next words are on their way while these are multiplied.
         ahead = wanted[:, None] & (start + block_w + t < num_words)[None, :]
         offset = start + block_w
-        following = tl.load(
-            first + offset, mask=ahead, other=0, eviction_policy="evict_first"
-        )
+        following = tl.load(first + offset, mask=ahead, other=0, eviction_policy="evict_first")
         following2 = following
         if gated:
             following2 = tl.load(
                 second + offset, mask=ahead, other=0, eviction_policy="evict_first"
             )
         base = (start + t) // _WORDS * _BLOCK + t % _WORDS
-        for part in tl.static_range(parts):
-            total = tl.zeros((block_n, block_w), tl.float32)
-            total2 = tl.zeros((block_n, block_w), tl.float32)
-            added = tl.zeros((block_w,), tl.float32)
-            for number in tl.static_range(_SLOTS // parts):
-                slot: tl.constexpr = part * (_SLOTS // parts) + number
-                at = base + slot * _WORDS
-                value = tl.load(x + at, mask=at < num_inputs, other=0.0).to(tl.float32)
-                if normed:
-                    squares += value * value
-                    value *= tl.load(norm + at, mask=at < num_inputs, other=0.0).to(tl.float32)
-                added += 0.5 * value
-                if slot % 2:
-                    value *= 16.0
-                added += value
-                total += _fraction(w, slot) * value[None, :]
-                if gated:
-                    total2 += _fraction(w2, slot) * value[None, :]
-            here = scales + (start // _WORDS * parts + part)
-            acc += (total - added[None, :]) * tl.load(here, mask=inside, other=0.0).to(tl.float32)
+        for slot in tl.static_range(_SLOTS):
+            if slot % per_group == 0:
+                total = tl.zeros((block_n, block_w), tl.float32)
+                total2 = tl.zeros((block_n, block_w), tl.float32)
+                added = tl.zeros((block_w,), tl.float32)
+            at = base + slot * _WORDS
+            left = (at < num_inputs) | even
+            value = tl.load(x + at, mask=left, other=0.0).to(tl.float32)
+            if normed:
+                squares += value * value
+                value *= tl.load(norm + at, mask=left, other=0.0).to(tl.float32)
+            if slot % 2:
+                added += 16.5 * value
+                value *= 16.0
+            else:
+                added += 1.5 * value
+            total += _fraction(w, slot) * value[None, :]
             if gated:
-                here += num_outputs.to(tl.int64) * num_scales
+                total2 += _fraction(w2, slot) * value[None, :]
+            if slot % per_group == per_group - 1:
+                here = scales + (start // _WORDS * parts + slot // per_group)
                 factor = tl.load(here, mask=inside, other=0.0).to(tl.float32)
-                acc2 += (total2 - added[None, :]) * factor
+                acc += (total - added[None, :]) * factor
+                if gated:
+                    here += num_outputs.to(tl.int64) * num_scales
+                    factor = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+                    acc2 += (total2 - added[None, :]) * factor
         w = following
         w2 = following2
     whole = 16.0
@@ -218,6 +249,8 @@ def _tile_packed(
     biased: tl.constexpr,
     accumulate: tl.constexpr,
     parts: tl.constexpr,
+    per_group: tl.constexpr,
+    even: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     lines: tl.constexpr,
@@ -233,7 +266,7 @@ def _tile_packed(
     scales = scale + known_n * num_scales
     scales2 = scales + num_outputs.to(tl.int64) * num_scales
     rows = x + m[:, None] * num_inputs + t[None, :]
-    squares = tl.zeros((block_m,), tl.float32)
+    squares = tl.zeros((block_m, _WORDS), tl.float32)
     acc = tl.zeros((block_n, block_m), tl.float32)
     acc2 = tl.zeros((block_n, block_m), tl.float32)
     if overlap:
@@ -248,35 +281,37 @@ def _tile_packed(
         w2 = w
         if gated:
             w2 = tl.load(row2[:, None] + words, eviction_policy="evict_first")
-        for part in tl.static_range(parts):
-            total = tl.zeros((block_n, block_m), tl.float32)
-            total2 = tl.zeros((block_n, block_m), tl.float32)
-            for number in tl.static_range(_SLOTS // parts):
-                slot: tl.constexpr = part * (_SLOTS // parts) + number
-                at = block * _BLOCK + slot * _WORDS
-                left = at + t < num_inputs
-                value = tl.load(rows + at, mask=live[:, None] & left[None, :], other=0.0)
-                kind = value.dtype
-                if normed:
-                    wide = value.to(tl.float32)
-                    squares += tl.sum(wide * wide, 1)
-                    factors = tl.load(norm + at + t, mask=left, other=0.0).to(tl.float32)
-                    value = (wide * factors[None, :]).to(kind)
-                total = dot(_level(w, slot).to(kind), tl.trans(value), total)
-                if gated:
-                    total2 = dot(_level(w2, slot).to(kind), tl.trans(value), total2)
-            group = block * parts + part
-            acc += total * tl.load(scales + group).to(tl.float32)[:, None]
+        for slot in tl.static_range(_SLOTS):
+            if slot % per_group == 0:
+                total = tl.zeros((block_n, block_m), tl.float32)
+                total2 = tl.zeros((block_n, block_m), tl.float32)
+            at = block * _BLOCK + slot * _WORDS
+            left = (at + t < num_inputs) | even
+            value = tl.load(rows + at, mask=live[:, None] & left[None, :], other=0.0)
+            kind = value.dtype
+            if normed:
+                wide = value.to(tl.float32)
+                squares += wide * wide
+                factors = tl.load(norm + at + t, mask=left, other=0.0).to(tl.float32)
+                value = (wide * factors[None, :]).to(kind)
+            total = dot(_level(w, slot).to(kind), tl.trans(value), total)
             if gated:
-                acc2 += total2 * tl.load(scales2 + group).to(tl.float32)[:, None]
+                total2 = dot(_level(w2, slot).to(kind), tl.trans(value), total2)
+            if slot % per_group == per_group - 1:
+                group = block * parts + slot // per_group
+                acc += total * tl.load(scales + group).to(tl.float32)[:, None]
+                if gated:
+                    acc2 += total2 * tl.load(scales2 + group).to(tl.float32)[:, None]
     total, up = tl.trans(acc), tl.trans(acc2)
     if normed:
-        factor = tl.rsqrt(squares / num_inputs + epsilon)[:, None]
+        factor = tl.rsqrt(tl.sum(squares, 1) / num_inputs + epsilon)[:, None]
         total, up = total * factor, up * factor
     columns, real = n[None, :], wanted[None, :]
     places = m.to(tl.int64)[:, None] * num_outputs + columns
     shown = live[:, None] & real
-    _write(total, up, bias, out, places, columns, num_outputs, real, shown, gated, biased, accumulate)
+    _write(
+        total, up, bias, out, places, columns, num_outputs, real, shown, gated, biased, accumulate
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -324,6 +359,7 @@ def vector_packed(
     overlap: bool = False,
 ) -> None:
     """x [1, inputs] into out [1, outputs], both contiguous."""
+    block_w = max(WORDS, blocks.inputs * WORDS // BLOCK)
     _vector_packed[(triton.cdiv(weights.num_outputs, blocks.outputs),)](
         x,
         weights.matrix,
@@ -340,8 +376,10 @@ def vector_packed(
         biased=weights.bias is not None,
         accumulate=accumulate,
         parts=weights.parts,
+        per_group=BLOCK // WORDS // weights.parts,
+        even=weights.num_inputs % (block_w * BLOCK // WORDS) == 0,
         block_n=blocks.outputs,
-        block_w=max(WORDS, blocks.inputs // (BLOCK // WORDS)),
+        block_w=block_w,
         lines=_lines(weights, blocks.outputs),
         overlap=overlap,
         num_warps=blocks.num_warps,
@@ -381,6 +419,8 @@ def tile_packed(
         biased=weights.bias is not None,
         accumulate=accumulate,
         parts=weights.parts,
+        per_group=BLOCK // WORDS // weights.parts,
+        even=weights.num_inputs % BLOCK == 0,
         block_m=block_m,
         block_n=blocks.outputs,
         lines=_lines(weights, blocks.outputs),
