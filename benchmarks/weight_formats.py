@@ -35,7 +35,8 @@ from engine.float_reference import FloatDecoder, Passage, WeightOf
 from engine.protocol import TokenIds
 from engine.verify_figures import Figures, Tally
 from engine_build.checkpoint import read_checkpoint
-from engine_build.demo import fetch_demo_model, sinkserve_home
+from engine_build.demo import fetch_demo_model
+from engine_build.files import sinkserve_home
 from engine_build.graph import export_graph
 from engine_build.lowering_cuda import LARGEST_FLOAT8
 from engine_build.spec import EngineSpec, KvDtype, ModelShape, WeightFormat, kv_dtype_for
