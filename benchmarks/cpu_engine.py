@@ -29,7 +29,8 @@ from benchmarks.peers.llama_server import LlamaServer
 from benchmarks.peers.worker import Worker
 from benchmarks.report import machine, median, paired_ratio, save, table
 from engine_build.build import BuildOptions
-from engine_build.demo import ensure_demo_engine, fetch_demo_model, sinkserve_home
+from engine_build.demo import ensure_demo_engine, fetch_demo_model
+from engine_build.files import sinkserve_home
 
 CAPACITY = 512
 SINKS = 4

@@ -21,7 +21,8 @@ from benchmarks import report
 from engine.onnx_engine import OnnxEngine
 from engine.protocol import Row, SlotCopy, StepPlan
 from engine.window import SinkWindow
-from engine_build.demo import ensure_demo_engine, sinkserve_home
+from engine_build.demo import ensure_demo_engine
+from engine_build.files import sinkserve_home
 from engine_build.manifest import load_engine_spec
 
 WINDOWS = (1, 2, 4)

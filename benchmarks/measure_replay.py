@@ -28,7 +28,7 @@ from deployments.local.measure_replay import (
 from deployments.local.progress import Steps
 from deployments.local.replay_plot import draw
 from engine.replay_quality import Bar
-from engine_build.demo import sinkserve_home
+from engine_build.files import sinkserve_home
 
 PLOT = Path(__file__).parent.parent / "docs" / "replay.png"
 

@@ -37,7 +37,8 @@ from engine.onnx_engine import OnnxEngine
 from engine.protocol import Logits, Row, StepPlan, TokenIds
 from engine.window import SinkWindow
 from engine_build.build import BuildOptions
-from engine_build.demo import ensure_demo_engine, sinkserve_home
+from engine_build.demo import ensure_demo_engine
+from engine_build.files import sinkserve_home
 from engine_build.manifest import load_engine_spec
 from engine_build.spec import WeightFormat
 

@@ -22,7 +22,8 @@ import onnx
 
 from benchmarks import report
 from benchmarks.gpu.shapes import LLAMA_3_8B, QWEN2_5_0_5B
-from engine_build.graph import GRAPH_FILE, graph_of_inputs
+from engine_build.engine_names import GRAPH_FILE
+from engine_build.graph import graph_of_inputs
 from engine_build.plan import PLAN_FILE, build_plan
 from engine_build.plan_profiles import plan_profiles
 from engine_build.spec import EngineSpec, WeightFormat, kv_dtype_for

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from cluster.embedded import ensure_running
-from deployments.config import EMBEDDED, ServiceConfig, load_config
+from deployments.config import EMBEDDED, ConfigError, ServiceConfig, load_config
 from deployments.conversation_router import ConversationRouter
 from deployments.engine_files import gpus_of_replica, locate_engine
 from deployments.replica import SinkReplica
 from deployments.serve_ingress import Ingress
-from engine_build.demo import sinkserve_home
+from engine_build.files import sinkserve_home
 from engine_build.spec import EngineSpec
 
 INGRESS_CPUS = 0.1
@@ -40,6 +41,7 @@ def build(args: Mapping[str, Any]) -> Application:
     config = load_config(args)
     spec = locate_engine(config).spec
     if config.redis_url == EMBEDDED:
+        _refuse_other_machines(_machines())
         url = ensure_running(config.data_dir or sinkserve_home() / "data")
         config = config.model_copy(update={"redis_url": url})
     fields = config.model_dump(mode="json", include=config.model_fields_set)
@@ -49,6 +51,23 @@ def build(args: Mapping[str, Any]) -> Application:
     replicas = engine.options(**replica_options(config, spec)).bind(fields)
     application: Application = front.options(**ingress_options(config)).bind(fields, replicas)
     return application
+
+
+def _machines() -> set[str]:
+    """Addresses of the machines of this process's cluster; none before it has joined one."""
+    if not ray.is_initialized():
+        return set()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeManagerAddress"] for node in nodes if node["Alive"]}
+
+
+def _refuse_other_machines(machines: set[str]) -> None:
+    """The embedded Redis is a socket of one machine: replicas elsewhere would wait for it in vain."""
+    if len(machines) > 1:
+        problem = (
+            f"redis_url: {EMBEDDED!r} serves one machine, and this cluster has {len(machines)}"
+        )
+        raise ConfigError([f"{problem}. Name a Redis that all of them reach: redis://host:6379/0"])
 
 
 def replica_options(config: ServiceConfig, spec: EngineSpec) -> dict[str, Any]:

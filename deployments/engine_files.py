@@ -24,7 +24,8 @@ from engine.toy_engine import ToyEngine, ToyText, byte_spec
 from engine.verify_report import NotVerified, Verified, check_verified
 from engine.window import SinkWindow
 from engine_build.build import BuildOptions, no_progress
-from engine_build.demo import DemoModelError, ensure_demo_engine, sinkserve_home
+from engine_build.demo import DemoModelError, ensure_demo_engine
+from engine_build.files import sinkserve_home
 from engine_build.manifest import ManifestError, load_engine_spec, load_manifest
 from engine_build.spec import EngineSpec, SpecError
 

@@ -86,11 +86,9 @@ class CudaDecoder:
         )
         x = torch.index_select(weights.embed, 0, step.token_ids)
         for number, layer in enumerate(weights.layers):
-            qkv = self._linear_layer(x, layer.qkv, layer.input_norm)
-            attended = self._attend(number, qkv, angles, step)
-            self._add(attended, layer.output, x)
-            gated = self._linear_layer(x, layer.gate_up, layer.mlp_norm)
-            self._add(gated, layer.down, x)
+            # No name holds a layer's tensors while the next part makes its own (cuda_memory.py).
+            self._add(self._attend(number, x, angles, step), layer.output, x)
+            self._add(self._linear_layer(x, layer.gate_up, layer.mlp_norm), layer.down, x)
         if len(step.logit_rows):
             wanted = x if step.in_order else torch.index_select(x, 0, step.logit_rows)
             self._head(wanted, logits)
@@ -104,13 +102,20 @@ class CudaDecoder:
         self._linear.run(x, weights, stream, accumulate=self._group.rank == 0)
         self._group.all_reduce(stream)
 
-    def _attend(self, number: int, qkv: Tensor, angles: Tensor, step: DeviceStep) -> Tensor:
+    def _attend(self, number: int, x: Tensor, angles: Tensor, step: DeviceStep) -> Tensor:
         model, cache = self._model, self._slots[:, number]
-        tokens = len(qkv)
+        layer, tokens = self._weights.layers[number], len(x)
+        qkv = self._linear_layer(x, layer.qkv, layer.input_norm)
         q = qkv.new_empty((2, tokens, model.num_heads, model.head_dim))
-        norms = self._weights.layers[number].head_norms
         rotate_and_cache(
-            qkv, angles, norms, cache, step.rows, step.token_rows, q, overlap=self._overlap
+            qkv,
+            angles,
+            layer.head_norms,
+            cache,
+            step.rows,
+            step.token_rows,
+            q,
+            overlap=self._overlap,
         )
         out = qkv.new_empty((tokens, model.num_heads, model.head_dim))
         space = split_space(

@@ -1,6 +1,6 @@
 """The decoder on a CUDA GPU: our own Triton kernels, one CUDA graph for each bucket of decode rows.
 
-    step = check plan -> pack it into a vector -> one copy -> replay a graph, or launch -> sample, wait
+    step = check plan -> pack it into a vector -> one copy -> replay a graph, or launch -> wait for tokens
 
 On device "cpu" the same kernels run in Triton's interpreter: slow, exact, and what the tests use.
 """
@@ -12,15 +12,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from engine.cuda_memory import most_logits
 from engine.cuda_options import CudaOptions
+from engine.cuda_step import num_logits
 from engine.plan_check import check_plan, check_rings
 from engine.protocol import EngineDead, Row, RowResult, StepPlan, StepResult
-from engine.sampling import Sampled
-from engine_build.graph import WEIGHTS_FILE
+from engine_build.engine_names import WEIGHTS_FILE
 from engine_build.manifest import SPEC
 from engine_build.shard import rank_folder
 from engine_build.spec import EngineSpec, SpecError
@@ -30,14 +31,13 @@ if TYPE_CHECKING:
     from engine.cuda_weights import Source
 
 DEFAULT_OPTIONS = CudaOptions()
-_MIB = 2**20
 
 
 class CudaEngine:
     """See `engine.protocol.Engine`.
 
     `memory_budget_bytes` is for kv_slots alone; None takes what is free on the GPU after the weights, less
-    a reserve for a step's activations and the graphs (`cuda_runtime.reserve_bytes`). `device` is "cuda",
+    a reserve for a step's activations and the graphs (cuda_memory.py). `device` is "cuda",
     "cuda:N", or "cpu" for Triton's interpreter, which must be chosen before triton is imported (this
     constructor does it when it can). `capacity` replaces the one in spec.json. With
     `options.tensor_parallel` this process holds its rank's part, and every rank runs the same plans.
@@ -165,9 +165,12 @@ class CudaEngine:
         check_rings(plan)
         results: list[RowResult] = []
         try:
+            runtime.enter_thread()
             runtime.host.run(plan.copies)
-            for rows in _parts(plan.rows, self._options):
+            for rows in _parts(plan.rows, self._spec, self._options):
                 results += _run(runtime, rows)
+        except EngineDead:
+            raise
         except Exception as error:
             raise EngineDead(f"CUDA engine: {error}") from error
         return StepResult(tuple(results))
@@ -206,42 +209,49 @@ def _device(name: str, spec: EngineSpec) -> torch.device:
         )
     elif not torch.cuda.is_available():
         raise SpecError("device", "torch finds no CUDA GPU", "Run `nvidia-smi`, or use target cpu")
+    elif device.index is None:
+        # Current devices are set by number.
+        device = torch.device("cuda", torch.cuda.current_device())
+    elif device.index >= torch.cuda.device_count():
+        raise SpecError(
+            "device",
+            f"there is no {name}: {torch.cuda.device_count()} GPUs are visible",
+            "Give this process as many GPUs as the engine has ranks (CUDA_VISIBLE_DEVICES)",
+        )
     return device
 
 
-def _parts(rows: Sequence[Row], options: CudaOptions) -> Iterator[tuple[Row, ...]]:
-    """The plan's rows in runs of at most `max_running` rows and `max_step_tokens` tokens (at least a row)."""
+def _parts(
+    rows: Sequence[Row], spec: EngineSpec, options: CudaOptions
+) -> Iterator[tuple[Row, ...]]:
+    """The plan's rows in runs of at most `max_running` rows, `max_step_tokens` tokens and the rows of
+    logits that there is memory for (at least a row)."""
+    most = most_logits(spec, options)
     part: list[Row] = []
-    tokens = 0
+    tokens = logits = 0
     for row in rows:
-        full = len(part) == options.max_running
+        full = len(part) == options.max_running or logits + num_logits(row) > most
         if part and (full or tokens + len(row.tokens) > options.max_step_tokens):
             yield tuple(part)
-            part, tokens = [], 0
+            part, tokens, logits = [], 0, 0
         part.append(row)
         tokens += len(row.tokens)
+        logits += num_logits(row)
     if part:
         yield tuple(part)
 
 
 def _run(runtime: CudaRuntime, rows: tuple[Row, ...]) -> list[RowResult]:
-    logits, logits_of = runtime.compute(rows)
+    computed = runtime.run(rows)
     if not runtime.answers:
         return [RowResult() for _ in rows]
-    drawing = [number for number, row in enumerate(rows) if row.sample is not None]
-    requests = [row.sample for row in rows if row.sample is not None]
-    last = [logits_of[number][1] - 1 for number in drawing]
-    drawn: dict[int, Sampled] = {}
-    if requests:
-        drawn = dict(zip(drawing, runtime.sample(logits, last, requests), strict=True))
+    drawn = iter(computed.drawn)
     results = []
-    for number, (row, (first, end)) in enumerate(zip(rows, logits_of, strict=True)):
-        shown: dict[str, Any] = {}
-        if row.logits != "none":
-            shown["logits"] = runtime.to_host(logits[first:end])
-        if number in drawn:
-            one = drawn[number]
-            shown |= {"token_id": one.token_id, "logprob": one.logprob}
-            shown |= {"top": one.top, "failed": one.failed}
-        results.append(RowResult(**shown))
+    for row, (first, end) in zip(rows, computed.logits_of, strict=True):
+        logits = runtime.to_host(computed.logits[first:end]) if row.logits != "none" else None
+        if row.sample is None:
+            results.append(RowResult(logits=logits))
+            continue
+        one = next(drawn)
+        results.append(RowResult(one.token_id, one.logprob, one.top, logits, one.failed))
     return results

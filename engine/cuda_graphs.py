@@ -1,62 +1,72 @@
 """Decode steps as CUDA graphs: one for each bucket of rows, all over the same memory.
 
 Everything a graph reads is fixed when it is captured: addresses, numbers of programs, splits of attention.
-What changes between steps is in one vector that is copied to its place before the replay.
+What changes between steps is in one vector that is copied to its place before the replay. What a graph
+computes on the way lies in a pool that all share: none is replayed while another runs, and what is read after
+it, logits and tokens, lies outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from engine.cuda_decoder import CudaDecoder, DeviceStep
 from engine.cuda_kernels.attention import Tiling
-from engine.cuda_step import PackedStep, bucket_layout, pack_decode
-
-
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    words: Tensor
+from engine.cuda_sampling import DeviceSampler
+from engine.cuda_step import bucket_layout, pack_decode
 
 
 class DecodeGraphs:
-    """The graphs of `buckets`, whose logits are the first rows of `logits` [largest bucket, vocab]."""
+    """A graph for each bucket of `tilings`: decode, and draw by `sampler` if this rank does.
+
+    A step's words are at the beginning of `words`, its logits come to be the first rows of `logits`
+    [largest bucket, vocab].
+    """
 
     def __init__(
         self,
         decoder: CudaDecoder,
-        buckets: list[int],
-        tiling: Callable[[int], Tiling],
+        sampler: DeviceSampler | None,
+        tilings: Mapping[int, Tiling],
+        words: Tensor,
         logits: Tensor,
     ) -> None:
-        self._logits = logits
-        self._captured: dict[int, _Captured] = {}
+        self._logits = {bucket: logits[:bucket] for bucket in tilings}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
+        # One stream for all: each stream that cuBLAS meets costs a workspace that is never given back.
+        stream = torch.cuda.Stream(logits.device)
         # The largest first: the smaller ones find room in its memory.
-        for bucket in sorted(buckets, reverse=True):
+        for bucket in sorted(tilings, reverse=True):
+            packed = pack_decode((), bucket)
             layout = bucket_layout(bucket)
-            words = torch.from_numpy(pack_decode((), bucket).words).to(logits.device)
-            step = DeviceStep.of(words, layout, tiling(bucket), in_order=True)
-            stream = torch.cuda.Stream()
+            words[: layout.num_words].copy_(torch.from_numpy(packed.words))
+            step = DeviceStep.of(words, layout, tilings[bucket], in_order=True)
+            out = self._logits[bucket]
+
+            def run(step: DeviceStep = step, out: Tensor = out) -> None:
+                decoder.run(step, out)
+                if sampler is not None:
+                    sampler.run(out)
+
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                # Compiles kernels and lets the library choose: neither can happen in a capture.
-                decoder.run(step, logits[:bucket])
-                decoder.run(step, logits[:bucket])
+                # Compiles kernels, lets the library choose and NCCL connect: none can happen in a capture.
+                run()
+                run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                decoder.run(step, logits[:bucket])
-            self._captured[bucket] = _Captured(graph, words)
+            # Other threads (NCCL's watchdog, those of Ray) may call CUDA meanwhile.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                run()
+            self._graphs[bucket] = graph
 
-    def run(self, packed: PackedStep) -> Tensor:
-        """Replay the graph of the step's bucket: float32 [bucket, vocab], good until the next replay."""
-        bucket = packed.layout.tokens
-        captured = self._captured[bucket]
-        captured.words.copy_(torch.from_numpy(packed.words).pin_memory(), non_blocking=True)
-        captured.graph.replay()
-        return self._logits[:bucket]
+    def run(self, bucket: int) -> Tensor:
+        """Replay a bucket's graph: float32 [bucket, vocab], good until the next replay."""
+        self._graphs[bucket].replay()
+        return self._logits[bucket]

@@ -1,6 +1,9 @@
 """The ranks of a tensor-parallel group: two all-reduces a layer and one gather of the logits.
 
 NCCL on GPUs, gloo on CPU. A group of one needs neither, and torch.distributed is not even loaded.
+
+Collectives are put on the caller's current stream, so a CUDA graph may hold them. Torch's watchdog sees only
+those that no graph holds: what bounds the wait for a rank that is gone is `Upload.wait`.
 """
 
 from __future__ import annotations
@@ -12,8 +15,6 @@ from torch import Tensor
 
 from engine.cuda_options import TensorParallel
 
-_JOIN_TIMEOUT = timedelta(seconds=60)
-
 
 class RankGroup:
     """This process's membership. Joining waits for all ranks, and raises RuntimeError if they stay away."""
@@ -21,17 +22,24 @@ class RankGroup:
     def __init__(self, parallel: TensorParallel | None, device: torch.device) -> None:
         self.rank = parallel.rank if parallel else 0
         self.size = parallel.size if parallel else 1
+        self.limit_s = parallel.step_s if parallel and parallel.size > 1 else None
         self._device = device
+        self._joined = False
         if parallel is not None and parallel.size > 1:
             import torch.distributed
 
+            on_gpu = device.type == "cuda"
             torch.distributed.init_process_group(
-                "gloo" if device.type == "cpu" else "nccl",
+                "nccl" if on_gpu else "gloo",
                 init_method=parallel.address,
                 rank=parallel.rank,
                 world_size=parallel.size,
-                timeout=_JOIN_TIMEOUT,
+                # Also how long a rank may load its weights while another one waits in `least`.
+                timeout=timedelta(seconds=parallel.start_s),
+                # Connects now: before memory is measured, and where a failure still says what failed.
+                device_id=device if on_gpu else None,
             )
+            self._joined = True
 
     def all_reduce(self, values: Tensor) -> None:
         """Replace `values` by the sum of all ranks'."""
@@ -53,6 +61,14 @@ class RankGroup:
         return parts.view(self.size, *values.shape).transpose(0, 1).flatten(1)
 
     def close(self) -> None:
-        """Leave the group."""
-        if self.size > 1:
+        """Leave the group; idempotent. On GPUs without waiting for the others, and collectives that wait for
+        one of them end. Graphs that hold collectives must be gone: NCCL waits for that (its
+        `commDestroySync`)."""
+        if not self._joined:
+            return
+        self._joined = False
+        if self._device.type == "cuda":
+            # `destroy_process_group` would wait for what is under way, for ever if a rank is gone.
+            torch.distributed.distributed_c10d._abort_process_group()
+        else:
             torch.distributed.destroy_process_group()

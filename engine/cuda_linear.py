@@ -4,11 +4,13 @@ A choice is written as text, so that what a start measured can be kept as JSON:
 
     vector:2x1024w4      outputs x inputs of a program, warps; one token only
     tile:64x128w4s4      the same with pipeline stages; up to 256 tokens
-    library              cuBLAS, with the norm and the gate as kernels of their own
+    library              cuBLAS, with the norm and the gate as kernels of their own; 4-bit weights are
+                         made 16-bit for it, a piece at a time
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from engine.cuda_kernels.common import interpreted, power_of_two
 from engine.cuda_kernels.linear import Blocks, Norm, Weights, tile_linear, vector_linear
+from engine.cuda_kernels.packed_linear import PackedWeights, tile_packed, unpack, vector_packed
 from engine.cuda_kernels.rows import rms_norm, swiglu, to_float8
+from engine_build.int4 import BLOCK
 from engine_build.spec import SpecError
 
 MOST_TILED = 256
@@ -27,6 +31,9 @@ MOST_TILED = 256
 
 _FUSED_NORM = 16
 """Above so many tokens each program would spend more on the norm than a launch costs."""
+
+_UNPACKED_BYTES = 32 << 20
+"""Of 4-bit weights that are 16-bit for a while: enough rows for the library, little beside the weights."""
 
 _TEXT = re.compile(r"(vector|tile):(\d+)x(\d+)w(\d+)(?:s(\d+))?")
 
@@ -68,8 +75,10 @@ def bucket_of(tokens: int) -> int:
 
 def key_of(weights: Weights, tokens: int) -> str:
     """What a choice depends on, as text: shape, format, tokens."""
-    outputs, inputs = weights.matrix.shape
+    outputs, inputs = len(weights.matrix), weights.num_inputs
     kind = str(weights.matrix.dtype).removeprefix("torch.")
+    if isinstance(weights, PackedWeights):
+        kind = f"int4by{BLOCK // weights.parts}"
     return f"{outputs}x{inputs}-{kind}{'-gated' if weights.gated else ''}@{bucket_of(tokens)}"
 
 
@@ -82,6 +91,8 @@ def default_choice(weights: Weights, tokens: int, num_processors: int) -> Choice
         if tokens > _FUSED_NORM:
             return LIBRARY
         return Choice("vector" if tokens == 1 else "tile", blocks)
+    if isinstance(weights, PackedWeights):
+        return _packed_default(weights, tokens, num_processors)
     if tokens == 1:
         return Choice("vector", Blocks(2, min(inputs, 1024), 4, 1))
     if tokens <= (64 if weights.scale is not None else 32):
@@ -89,6 +100,19 @@ def default_choice(weights: Weights, tokens: int, num_processors: int) -> Choice
         while outputs > 16 and weights.num_outputs < outputs * 2 * num_processors:
             outputs //= 2
         return Choice("tile", Blocks(outputs, 128, 4, 4))
+    return LIBRARY
+
+
+def _packed_default(weights: PackedWeights, tokens: int, num_processors: int) -> Choice:
+    """Each thread of the vector kernel has several outputs, to share what it works out of the inputs."""
+    if tokens == 1:
+        outputs = 64
+        while outputs > 16 and weights.num_outputs < outputs * num_processors:
+            outputs //= 2
+        return Choice("vector", Blocks(outputs, 512, 4, 1))
+    if tokens <= 64:
+        full = weights.num_outputs >= 64 * num_processors
+        return Choice("tile", Blocks(64, BLOCK, 4, 4) if full else Blocks(32, BLOCK, 2, 4))
     return LIBRARY
 
 
@@ -133,17 +157,24 @@ class LinearLayers:
         if choice.blocks is None:
             _library(x, weights, out, accumulate)
             return
-        launch = vector_linear if choice.kind == "vector" else tile_linear
-        launch(x, weights, out, choice.blocks, norm, accumulate=accumulate, overlap=self._overlap)
+        options = {"accumulate": accumulate, "overlap": self._overlap}
+        if isinstance(weights, PackedWeights):
+            packed = vector_packed if choice.kind == "vector" else tile_packed
+            packed(x, weights, out, choice.blocks, norm, **options)
+        else:
+            launch = vector_linear if choice.kind == "vector" else tile_linear
+            launch(x, weights, out, choice.blocks, norm, **options)
 
 
 def _library(x: Tensor, weights: Weights, out: Tensor, accumulate: bool) -> None:
     if weights.gated:
         both = torch.empty((len(x), 2 * weights.num_outputs), dtype=out.dtype, device=out.device)
-        _library(x, Weights(weights.matrix, weights.scale, weights.bias), both, False)
+        _library(x, dataclasses.replace(weights, gated=False), both, False)
         swiglu(both, out)
         return
-    if weights.scale is not None:
+    if isinstance(weights, PackedWeights):
+        _packed_product(x, weights, out, accumulate)
+    elif weights.scale is not None:
         product = _float8_product(x, weights.matrix, weights.scale)
         if accumulate:
             out.add_(product)
@@ -160,6 +191,21 @@ def _library(x: Tensor, weights: Weights, out: Tensor, accumulate: bool) -> None
         torch.mm(x, weights.matrix.t(), out_dtype=out.dtype, out=out)
     if weights.bias is not None:
         out.add_(weights.bias)
+
+
+def _packed_product(x: Tensor, weights: PackedWeights, out: Tensor, accumulate: bool) -> None:
+    """A piece of the matrix after the other, made 16-bit in the same memory."""
+    outputs, inputs = len(weights.matrix), weights.num_inputs
+    rows = min(outputs, max(256, _UNPACKED_BYTES // (inputs * x.element_size()) // 256 * 256))
+    space = x.new_empty((rows, inputs))
+    for begin in range(0, outputs, rows):
+        piece = slice(begin, min(begin + rows, outputs))
+        matrix, columns = space[: piece.stop - begin], out[:, piece]
+        unpack(weights, piece, matrix)
+        if accumulate:
+            columns.addmm_(x, matrix.t())
+        else:
+            columns.copy_(x @ matrix.t())
 
 
 def _float8_product(x: Tensor, matrix: Tensor, scale: Tensor) -> Tensor:

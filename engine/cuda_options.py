@@ -23,11 +23,17 @@ def interpreted(target: Target) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """This process's part in a group of `size` ranks. `address` is torch's: `tcp://host:port`."""
+    """This process's part in a group of `size` ranks. `address` is torch's: `tcp://host:port`.
+
+    `start_s`: the longest that ranks wait for each other while weights are loaded and kernels compiled;
+    `step_s`: the longest wait inside a step.
+    """
 
     rank: int
     size: int
     address: str
+    start_s: float = 600.0
+    step_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@
 
 `prepare` fills static buffers from pinned memory, asynchronously; `run` is a fixed sequence of kernel
 launches over them, without allocation or synchronisation, so that a CUDA graph can hold it; `read` is
-the one place that waits. All three belong on the caller's current stream.
+the one place that waits. All three belong on the caller's current stream. An engine that has more to send
+than the requests brings its own `Upload`, whose first words are theirs: it calls `place` for `prepare`.
 
 The rules are those of engine/sampling.py, to the token: same order of operations, ties to the lower
 id, inverse CDF in order of token id, u = Philox(seed, turn, k). Where u lies within float rounding of an
@@ -21,6 +22,7 @@ import torch
 
 from engine.cuda_kernels.sampling import SamplingBuffers, SamplingSizes, launch_sampling
 from engine.cuda_kernels.sampling_parts import ACTIVE, ADJUSTED, GREEDY, LOGPROBS
+from engine.cuda_upload import Ints, Upload
 from engine.protocol import SampleRequest
 from engine.sampling import (
     NOT_FINITE,
@@ -56,6 +58,9 @@ _REQUEST = np.dtype(
         ("count", "i4"),
     ]
 )
+REQUEST_WORDS = _REQUEST.itemsize // 8
+"""int64 of a request in an `Upload`."""
+
 _ENTRY = np.dtype([("token", "i4"), ("times", "i4"), ("dry", "f4"), ("bias", "f4")])
 _Record = tuple[float | int, ...]
 _IDLE: _Record = (1.0, 0, 0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0, 0, 0)
@@ -65,8 +70,9 @@ class DeviceSampler:
     """Samples up to `max_rows` rows of a vocabulary of `vocab_size` on `device`.
 
     `pool_size` tokens in all can have a penalty or a bias in one step; a row that no longer fits is drawn
-    on the host, by `read`. Raises ValueError for a vocabulary of more than `MAX_VOCAB`, for more
-    requests or rows than `max_rows`, for logits that do not fit.
+    on the host, by `read`. `upload` brings the requests and says how long `read` waits at most.
+    Raises ValueError for a vocabulary of more than `MAX_VOCAB`, for more requests or rows than
+    `max_rows`, for logits that do not fit.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class DeviceSampler:
         *,
         pool_size: int | None = None,
         sizes: SamplingSizes | None = None,
+        upload: Upload | None = None,
     ) -> None:
         if not 1 <= vocab_size <= MAX_VOCAB:
             raise ValueError(f"vocab_size {vocab_size} is not in 1..{MAX_VOCAB}")
@@ -87,9 +94,13 @@ class DeviceSampler:
         device = torch.device(device)
         sizes = sizes or SamplingSizes.for_vocab(vocab_size)
         self._buffers = SamplingBuffers(max_rows, vocab_size, pool_size, device, sizes)
-        self._rows = _Staged(self._buffers.words)
+        self._num_words = max_rows * REQUEST_WORDS
+        self._upload = upload or Upload(self._num_words, device)
+        # The kernels read the requests where the upload brings them.
+        self._buffers.wide = self._upload.device[: self._num_words].view(max_rows, REQUEST_WORDS)
+        self._buffers.words = self._buffers.wide.view(torch.int32)
+        self._idle = np.array([_IDLE] * max_rows, _REQUEST).view(np.int64)
         self._pool = _Staged(self._buffers.pool)
-        self._rows.host.view(_REQUEST)[:] = _IDLE
         self._out = [
             _Staged(result)
             for result in (
@@ -100,9 +111,11 @@ class DeviceSampler:
             )
         ]
         self._requests: tuple[SampleRequest, ...] = ()
+        self._at: tuple[int, ...] = ()
         self._logits = torch.empty((0, vocab_size), device=device)
         self._on_host: list[int] = []
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._drawn, self._pool_read = ((torch.cuda.Event() if on_gpu else None) for _ in range(2))
 
     @property
     def nbytes(self) -> int:
@@ -119,32 +132,46 @@ class DeviceSampler:
 
         Rows of `run` beyond them are left alone: a graph may be captured for more rows than a step has.
         """
-        if len(requests) > self._max_rows:
+        self.place(requests, range(len(requests)), self._upload.room())
+        self._upload.send(self._num_words)
+
+    def place(self, requests: Sequence[SampleRequest], rows: Sequence[int], words: Ints) -> None:
+        """`prepare` without the copy: requests[n] is for rows[n] of the next `run`.
+
+        `words` is the upload's room; its first `REQUEST_WORDS` for each of `max_rows` rows are filled.
+        """
+        if max(len(requests), *rows, 0) > self._max_rows:
             raise ValueError(f"{len(requests)} requests, max_rows is {self._max_rows}")
-        if self._copied is not None:
-            # The copies of the last `prepare` read the same pinned memory.
-            self._copied.synchronize()
-        self._requests = tuple(requests)
+        self._requests, self._at = tuple(requests), tuple(rows)
         self._on_host = []
-        records, used = list[_Record](), 0
-        pool = self._pool.host.view(_ENTRY)[:, 0]
-        for number, request in enumerate(requests):
-            entries = _adjustments(request, self._vocab_size)
-            if used + len(entries) > len(pool):
-                self._on_host.append(number)
-                records.append(_IDLE)
-                continue
-            pool[used : used + len(entries)] = entries
-            records.append(_record(request, self._vocab_size, used, len(entries)))
-            used += len(entries)
-        rows = self._rows.host.view(_REQUEST)[:, 0]
-        rows[len(records) :] = _IDLE
-        rows[: len(records)] = records
-        self._rows.upload(self._max_rows)
+        words[: self._num_words] = self._idle
+        records = words[: self._num_words].view(_REQUEST)
+        used = 0
+        for number, (row, request) in enumerate(zip(rows, requests, strict=True)):
+            count = 0
+            if request.params.changes_logits:
+                entries = _adjustments(request, self._vocab_size)
+                count = len(entries)
+                if not self._fill_pool(used, entries):
+                    self._on_host.append(number)
+                    continue
+            records[row] = _record(request, self._vocab_size, used, count)
+            used += count
         if used:
             self._pool.upload(used)
-        if self._copied is not None:
-            self._copied.record()
+            if self._pool_read is not None:
+                self._pool_read.record()
+
+    def _fill_pool(self, first: int, entries: npt.NDArray[np.void]) -> bool:
+        """Put adjustments where the next upload of the pool finds them; False if they do not fit."""
+        pool = self._pool.host.view(_ENTRY)[:, 0]
+        if first + len(entries) > len(pool):
+            return False
+        if first == 0 and self._pool_read is not None:
+            # The last upload read the same pinned memory.
+            self._pool_read.synchronize()
+        pool[first : first + len(entries)] = entries
+        return True
 
     def run(self, logits: torch.Tensor) -> None:
         """Draw a token from each row of `logits`, float32, float16 or bfloat16 [rows, vocab_size],
@@ -157,32 +184,33 @@ class DeviceSampler:
         launch_sampling(self._buffers, logits)
 
     def read(self, logits: torch.Tensor | None = None) -> list[Sampled]:
-        """Wait for the last `run`: one result per request of the last `prepare`, in its order.
+        """Wait for the last `run`: one result per request of the last `prepare` or `place`, in its order.
 
         Where a graph replayed that run, `logits` are what it ran on; else the last ones are known.
         A row whose logits are not finite, or whose logit_bias names no token, says so in `failed`.
+        Raises EngineDead when the device takes longer than the upload's limit.
         """
-        count = len(self._requests)
         told = any(request.params.logprobs for request in self._requests)
         for result in self._out if told else self._out[:1]:
-            result.download(count)
+            result.download()
         rows = list[Sampled]()
-        if self._copied is not None:
-            self._copied.record()
-            self._copied.synchronize()
-        for number, request in enumerate(self._requests):
-            token = int(self._out[0].host[number])
+        if self._drawn is not None:
+            self._drawn.record()
+            self._upload.wait(self._drawn)
+        for at, request in zip(self._at, self._requests, strict=True):
+            token = int(self._out[0].host[at])
             if token < 0:
                 rows.append(Sampled(None, failed=NOT_FINITE))
             elif _names_no_token(request, self._vocab_size):
                 rows.append(Sampled(None, failed=OUTSIDE_VOCABULARY))
             elif request.params.logprobs:
-                rows.append(self._with_logprobs(number, token, request.params.top_logprobs))
+                rows.append(self._with_logprobs(at, token, request.params.top_logprobs))
             else:
                 rows.append(Sampled(token))
         logits = self._logits if logits is None else logits
         for number in self._on_host:
-            row = logits[number : number + 1].float().cpu().numpy()
+            at = self._at[number]
+            row = logits[at : at + 1].float().cpu().numpy()
             (rows[number],) = sample_rows(row, [self._requests[number]])
         return rows
 
@@ -206,8 +234,9 @@ class _Staged:
     def upload(self, count: int) -> None:
         self._device[:count].copy_(self._pinned[:count], non_blocking=True)
 
-    def download(self, count: int) -> None:
-        self._pinned[:count].copy_(self._device[:count], non_blocking=True)
+    def download(self) -> None:
+        """All of it: results are small, and two views cost more than the copy."""
+        self._pinned.copy_(self._device, non_blocking=True)
 
 
 def _record(request: SampleRequest, vocab_size: int, first: int, count: int) -> _Record:

@@ -14,13 +14,12 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.cuda_memory import NUM_STAGING
 from engine.protocol import SlotCopy
 from engine_build.spec import SpecError
 
 STEPS, SAVES, RESTORES = range(3)
 """Lanes: the caller's current stream, and two of our own."""
-
-NUM_STAGING = 2
 
 
 class Lanes(Protocol):
@@ -99,9 +98,8 @@ class PinnedSlots:
                 self._restore(copy.kv_slot, copy.host_slot)
 
     def close(self) -> None:
-        """Unpin the memory; idempotent."""
+        """Unpin the memory; idempotent. No copy may be under way."""
         if self._pinned:
-            torch.cuda.synchronize(self._slots.device)
             torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr())
         self._pinned = False
 

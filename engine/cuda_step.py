@@ -7,6 +7,7 @@ A decode step is padded to a bucket: rows without tokens, which write nothing an
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,9 +36,7 @@ class Layout:
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """(begin, end) of the five parts. Each begins at 16 bytes, as kernels are compiled to expect."""
-        sizes = (self.tokens, self.tokens, self.rows * ROW_FIELDS, 2 * self.tiles, self.logits)
-        begins = [0, *itertools.accumulate(size + size % 2 for size in sizes)]
-        return tuple((begin, begin + size) for begin, size in zip(begins, sizes, strict=False))
+        return _spans(self)
 
     @property
     def num_words(self) -> int:
@@ -45,14 +44,39 @@ class Layout:
         return self.spans[-1][1]
 
 
+@functools.lru_cache(maxsize=256)
+def _spans(layout: Layout) -> tuple[tuple[int, int], ...]:
+    sizes = (
+        layout.tokens,
+        layout.tokens,
+        layout.rows * ROW_FIELDS,
+        2 * layout.tiles,
+        layout.logits,
+    )
+    begins = [0, *itertools.accumulate(size + size % 2 for size in sizes)]
+    return tuple((begin, begin + size) for begin, size in zip(begins, sizes, strict=False))
+
+
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """`logits_of[n]` = (first, end) of row n among the step's logits; `decode` if all rows have one token."""
+    """`logits_of[n]` = (first, end) of row n among the step's logits; `draw_at` says the same of each row
+    that samples, in their order; `decode` if all rows have one token."""
 
     layout: Layout
     words: Ints
     logits_of: tuple[tuple[int, int], ...]
+    draw_at: tuple[int, ...]
     decode: bool
+
+
+def num_logits(row: Row) -> int:
+    """The most rows of logits that a row of a step takes."""
+    return (len(row.tokens) if row.logits == "all" else 0) + 1
+
+
+def most_words(tokens: int, rows: int, logits: int) -> int:
+    """Length of the longest vector of so many tokens and rows: a tile has at least one token."""
+    return Layout(tokens, rows, tokens, logits).num_words
 
 
 def bucket_layout(bucket: int) -> Layout:
@@ -71,11 +95,16 @@ def pack_decode(rows: Sequence[Row], bucket: int) -> PackedStep:
     table[:, 7] = np.arange(bucket)
     if count:
         table[:count, :7] = _fields(rows)
-    return PackedStep(layout, words, tuple((n, n + 1) for n in range(count)), decode=True)
+    draw_at = tuple(n for n, row in enumerate(rows) if row.sample is not None)
+    return PackedStep(layout, words, tuple((n, n + 1) for n in range(count)), draw_at, decode=True)
 
 
 def pack_mixed(rows: Sequence[Row], queries: int) -> PackedStep:
-    """Any rows; attention takes `queries` tokens of a row at a time."""
+    """Any rows; attention takes `queries` tokens of a row at a time.
+
+    Logits that tokens are drawn from come first and side by side, so that the sampler reads them where
+    they are; a row that samples and wants to see all its logits has its last ones twice.
+    """
     counts = np.array([len(row.tokens) for row in rows], dtype=np.int64)
     ends = np.cumsum(counts)
     firsts = ends - counts
@@ -84,15 +113,21 @@ def pack_mixed(rows: Sequence[Row], queries: int) -> PackedStep:
         for number, count in enumerate(counts.tolist())
         for first in range(0, count, queries)
     ]
-    logit_rows: list[int] = []
+    drawing = [number for number, row in enumerate(rows) if row.sample is not None]
+    logit_rows: list[int] = (ends[drawing] - 1).tolist()
     logits_of = []
+    drawn = 0
     for row, begin, end in zip(rows, firsts.tolist(), ends.tolist(), strict=True):
         first = len(logit_rows)
         if row.logits == "all":
             logit_rows.extend(range(begin, end))
-        elif row.sample is not None or row.logits == "last":
+        elif row.logits == "last" and row.sample is None:
             logit_rows.append(end - 1)
-        logits_of.append((first, len(logit_rows)))
+        shown = (first, len(logit_rows))
+        if row.sample is not None:
+            shown = shown if row.logits == "all" else (drawn, drawn + 1)
+            drawn += 1
+        logits_of.append(shown)
     layout = Layout(int(ends[-1]), len(rows), len(tiles), len(logit_rows))
     words = np.zeros(layout.num_words, dtype=np.int64)
     ids, token_rows, table, tile_table, wanted = _parts(words, layout)
@@ -101,7 +136,8 @@ def pack_mixed(rows: Sequence[Row], queries: int) -> PackedStep:
     table[:, :7], table[:, 7] = _fields(rows), firsts
     tile_table[:] = tiles
     wanted[:] = logit_rows
-    return PackedStep(layout, words, tuple(logits_of), decode=False)
+    draw_at = tuple(range(len(drawing)))
+    return PackedStep(layout, words, tuple(logits_of), draw_at, decode=False)
 
 
 def _fields(rows: Sequence[Row]) -> list[tuple[int, ...]]:

@@ -15,8 +15,10 @@ import triton
 from torch import Tensor
 
 from engine.cuda_kernels.linear import Blocks, Norm, Weights
+from engine.cuda_kernels.packed_linear import PackedWeights
 from engine.cuda_linear import LIBRARY, MOST_TILED, Choice, LinearLayers, bucket_of, key_of
 from engine.cuda_weights import DecoderWeights
+from engine_build.int4 import BLOCK
 
 _ROUNDS = 5
 
@@ -24,6 +26,9 @@ _ROUNDS = 5
 def candidates(weights: Weights, tokens: int) -> Iterator[Choice]:
     """Ways worth a try for this many tokens: tiles that fit registers and shared memory of SM 80 to 90."""
     yield LIBRARY
+    if isinstance(weights, PackedWeights):
+        yield from _packed_candidates(tokens)
+        return
     if tokens == 1:
         for outputs, inputs, warps in (
             (1, 2048, 4),
@@ -43,6 +48,17 @@ def candidates(weights: Weights, tokens: int) -> Iterator[Choice]:
         deep = () if weights.gated else ((256, 3),)
         for inputs, stages in ((64, 3), (64, 4)) if wide else ((128, 3), (128, 4), *deep):
             yield Choice("tile", Blocks(outputs, inputs, 8 if wide else 4, stages))
+
+
+def _packed_candidates(tokens: int) -> Iterator[Choice]:
+    """Tiles of 16 outputs a warp: more warps would unpack the same weights again."""
+    if tokens == 1:
+        for outputs, inputs, warps in ((16, 512, 4), (32, 512, 4), (64, 512, 4), (32, 1024, 8)):
+            yield Choice("vector", Blocks(outputs, inputs, warps, 1))
+    if tokens <= MOST_TILED:
+        for outputs in (16, 32, 64, 128):
+            for stages in (3, 5):
+                yield Choice("tile", Blocks(outputs, BLOCK, outputs // 16, stages))
 
 
 @dataclass(frozen=True, slots=True)

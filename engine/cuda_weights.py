@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from engine.cuda_kernels.linear import Norm, Weights
+from engine.cuda_kernels.packed_linear import PackedWeights
 from engine.cuda_kernels.rotate import HeadNorms
 from engine.cuda_options import CudaOptions
-from engine_build.lowering_cpu import LEVELS, SCALES
-from engine_build.lowering_cuda import LARGEST_FLOAT8, is_float8
+from engine_build import int4
+from engine_build.engine_names import LEVELS, SCALES
+from engine_build.lowering_cuda import INT4_SCALE, LARGEST_FLOAT8, is_scaled
 from engine_build.shard import rank_weights
 from engine_build.spec import EngineSpec, KvDtype, ModelShape, SpecError
 from engine_build.weights import MergedWeight, read_weight_file
@@ -30,7 +32,8 @@ DTYPES: Mapping[KvDtype, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A weight as kept: `scale` float32 [outputs] if `values` are float8."""
+    """A weight as kept: `scale` is float32 [outputs] if `values` are float8, 16-bit [outputs, groups] if they
+    are words of 4-bit levels."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -122,6 +125,8 @@ def random_weights(spec: EngineSpec, seed: int, device: torch.device) -> Source:
     generator = torch.Generator(device).manual_seed(seed)
 
     def load(weight: MergedWeight) -> Stored:
+        if spec.weight_format == "int4" and is_scaled(weight, "int4"):
+            return _random_packed(weight.shape, generator)
         values = torch.empty(weight.shape, dtype=DTYPES[spec.kv_dtype], device=device)
         if weight.is_matrix:
             values.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
@@ -143,6 +148,9 @@ def load_weights(spec: EngineSpec, local: ModelShape, part: Part, source: Source
     def matrix(name: str, bias: bool = False, gated: bool = False) -> Weights:
         stored = source(names[name])
         added = vector(name + ".bias").to(activations) if bias else None
+        if stored.values.dtype == torch.int32:
+            inputs = names[name].shape[1]
+            return PackedWeights(stored.values, stored.scale, added, gated, inputs)
         return Weights(stored.values, stored.scale, added, gated)
 
     layers = []
@@ -168,11 +176,31 @@ def load_weights(spec: EngineSpec, local: ModelShape, part: Part, source: Source
 
 
 def _stored(values: Tensor, weight: MergedWeight, spec: EngineSpec) -> Stored:
-    if not is_float8(weight, spec.weight_format):
+    if not is_scaled(weight, spec.weight_format):
         return Stored(values.to(DTYPES[spec.kv_dtype]) if weight.is_matrix else values)
+    if spec.weight_format == "int4":
+        return _packed(values)
     wide = values.float()
     scale = wide.abs().amax(dim=1).clamp(min=1e-12) / LARGEST_FLOAT8
     return Stored((wide / scale[:, None]).to(torch.float8_e4m3fn), scale)
+
+
+def _packed(values: Tensor) -> Stored:
+    """On the host, as a build does."""
+    levels, scales = int4.quantise(values.float().cpu().numpy(), INT4_SCALE)
+    words, padded = int4.to_words(levels, scales)
+    scale = torch.from_numpy(padded.view(np.int16)).view(torch.bfloat16)
+    return Stored(torch.from_numpy(words).to(values.device), scale.to(values.device))
+
+
+def _random_packed(shape: tuple[int, ...], generator: torch.Generator) -> Stored:
+    """Any words are levels; their root mean square is 4.6."""
+    outputs, inputs = shape
+    device = generator.device
+    words = torch.empty((outputs, int4.num_words(inputs)), dtype=torch.int32, device=device)
+    words.random_(-(2**31), 2**31, generator=generator)
+    scale = torch.full((outputs, int4.num_scales(inputs)), inputs**-0.5 / 4.6, device=device)
+    return Stored(words, scale.to(torch.bfloat16))
 
 
 _TORCH_TYPES = {
@@ -180,6 +208,7 @@ _TORCH_TYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
+    "int32": torch.int32,
 }
 _OUTER = {
     "embed": "model.embed_tokens.weight",

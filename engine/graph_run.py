@@ -15,7 +15,7 @@ from engine.collective import Reducer
 from engine.host_slots import HostSlots
 from engine.protocol import SlotCopy
 from engine.step_inputs import StepInputs
-from engine_build.graph import LOGIT_ROWS, LOGITS
+from engine_build.engine_names import LOGIT_ROWS, LOGITS
 from engine_build.lowering_cpu import ANGLES, CACHE, REDUCER, ROWS, TOKEN_IDS
 from engine_build.shard import head_rows, shard_shape
 from engine_build.spec import EngineSpec

@@ -22,8 +22,8 @@ from engine.protocol import EngineDead, Logits, Row, RowResult, StepPlan, StepRe
 from engine.rotary import Rotary
 from engine.sampling import sample_rows
 from engine.step_inputs import StepInputs, step_inputs
-from engine_build.demo import sinkserve_home
-from engine_build.graph import GRAPH_FILE
+from engine_build.engine_names import GRAPH_FILE
+from engine_build.files import sinkserve_home
 from engine_build.manifest import SPEC
 from engine_build.shard import rank_folder, rank_spec
 from engine_build.spec import EngineSpec, SpecError

@@ -29,8 +29,8 @@ from engine.tensorrt_inputs import (
     prefill_inputs,
     starts_anew,
 )
-from engine_build.lowering_tensorrt import num_places
 from engine_build.manifest import SPEC
+from engine_build.plan_inputs import num_places
 from engine_build.plan_profiles import decode_buckets
 from engine_build.spec import EngineSpec, SpecError
 

@@ -9,7 +9,7 @@ All contexts share one block of scratch memory, as no two run at once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from engine.protocol import Logits, SampleRequest
 from engine.sampling import Sampled
 from engine.tensorrt_engine import RuntimeOptions
 from engine.tensorrt_inputs import PassInputs
-from engine_build.demo import sinkserve_home
-from engine_build.graph import LOGIT_ROWS, LOGITS, WEIGHTS_FILE
-from engine_build.lowering_tensorrt import (
+from engine_build.engine_names import LOGIT_ROWS, LOGITS, WEIGHTS_FILE
+from engine_build.files import sinkserve_home
+from engine_build.plan import PLAN_FILE
+from engine_build.plan_inputs import (
     ANGLES,
     PRESENT,
     QUERY_AGES,
@@ -34,7 +35,6 @@ from engine_build.lowering_tensorrt import (
     cache_names,
     cache_row_bytes,
 )
-from engine_build.plan import PLAN_FILE
 from engine_build.plan_profiles import (
     Size,
     decode_buckets,
@@ -51,6 +51,7 @@ _MIB = 2**20
 _SHARE_OF_FREE = 0.9
 """Of the memory left once all else is there: the sampler and captured graphs need some of it."""
 _KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GivenWeights = Callable[[torch.device], Mapping[str, torch.Tensor]]
 _PREFILLED_TOGETHER = 8
 """Prefilled rows whose logits may be held beside those of a decode pass."""
 
@@ -58,10 +59,17 @@ _PREFILLED_TOGETHER = 8
 class TensorRtRuntime:
     """See `PlanRuntime`.
 
-    Raises SpecError without a GPU, for a budget below one kv_slot, and for a plan that cannot run here.
+    `weights` gives the plan's weights, tensors on this device by name; None: the engine's file. Raises
+    SpecError without a GPU, for a budget below one kv_slot, and for a plan that cannot run here.
     """
 
-    def __init__(self, engine_dir: Path, spec: EngineSpec, options: RuntimeOptions) -> None:
+    def __init__(
+        self,
+        engine_dir: Path,
+        spec: EngineSpec,
+        options: RuntimeOptions,
+        weights: GivenWeights | None = None,
+    ) -> None:
         self._spec = spec
         self._device = _own_gpu(spec, options)
         self._group = None if options.collective is None else NcclGroup(options.collective)
@@ -70,9 +78,11 @@ class TensorRtRuntime:
             plan = (engine_dir / PLAN_FILE).read_bytes()
             name = f"{hashlib.sha256(plan).hexdigest()[:16]}.kernels"
             self._plan = OpenPlan(spec.target, plan, sinkserve_home() / "tensorrt" / name)
-            shard = rank_folder(engine_dir, options.rank, spec.tp_size)
-            weights = read_weight_file(shard / WEIGHTS_FILE)
-            self._weights = {name: self._uploaded(weights[name]) for name in weights}
+            if weights is None:
+                shard = rank_folder(engine_dir, options.rank, spec.tp_size)
+                self._weights = self._from_file(shard / WEIGHTS_FILE)
+            else:
+                self._weights = dict(weights(self._device))
             scratch_bytes = max(self._plan.engine.device_memory_size_v2, 1)
             self._scratch = self._empty((scratch_bytes,), torch.uint8)
             vocab = spec.model.vocab_size
@@ -98,6 +108,11 @@ class TensorRtRuntime:
     @property
     def max_held(self) -> int:
         return self._max_held
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """Keys and values, [2 * layers, num_rows, kv_heads, places, head_dim]."""
+        return self._cache
 
     def run(self, inputs: PassInputs, first_row: int, hold: range) -> None:
         """See `PlanRuntime.run`."""
@@ -224,6 +239,10 @@ class TensorRtRuntime:
                 "Raise the budget or lower the capacity",
             )
         return budget // row_bytes
+
+    def _from_file(self, file: Path) -> dict[str, torch.Tensor]:
+        stored = read_weight_file(file)
+        return {name: self._uploaded(stored[name]) for name in stored}
 
     def _uploaded(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
         """The bytes of a mapped weight on the GPU: the plan knows their type."""

@@ -39,6 +39,7 @@ TOLERANCES: dict[WeightFormat, Tolerances] = {
     "bfloat16": Tolerances(0.05, 5e-3, 0.95),
     "int8": Tolerances(0.10, 1.5e-2, 0.93),
     "float8": Tolerances(0.25, 0.1, 0.80),
+    "int4": Tolerances(0.05, 5e-3, 0.95),
 }
 """By the weights' format, which decides that of activations and cache. docs/verify.md says where they
 come from."""

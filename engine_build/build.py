@@ -19,8 +19,9 @@ from pathlib import Path
 
 from engine_build.chat_template import derive_chat_pieces
 from engine_build.checkpoint import read_checkpoint
+from engine_build.engine_names import GRAPH_FILE
 from engine_build.files import locked, sha256_of, sync
-from engine_build.graph import GRAPH_FILE, export_graph
+from engine_build.graph import export_graph
 from engine_build.libraries import missing_library
 from engine_build.manifest import (
     CHAT,

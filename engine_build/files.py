@@ -1,13 +1,20 @@
-"""Files that survive a crash: hashing, forcing to disk, atomic writes, locks."""
+"""Where files of ours lie, and files that survive a crash: hashing, forcing to disk, atomic writes, locks."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+HOME_VARIABLE = "SINKSERVE_HOME"
+
+
+def sinkserve_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where models, engines and data lie: $SINKSERVE_HOME, else ~/.sinkserve."""
+    return Path(environ.get(HOME_VARIABLE) or Path.home() / ".sinkserve")
 
 
 def sha256_of(path: Path) -> str:

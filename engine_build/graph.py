@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from engine_build.engine_names import GRAPH_FILE, LOGIT_ROWS, LOGITS, WEIGHTS_FILE
 from engine_build.lowering_cpu import CpuLowering
 from engine_build.lowering_cuda import CudaWeights
 from engine_build.lowering_tensorrt import TensorRtLowering
@@ -29,12 +30,6 @@ from engine_build.shard import (
 )
 from engine_build.spec import EngineSpec, SpecError
 from engine_build.weights import MergedWeight, Tensors, WeightFileWriter
-
-GRAPH_FILE = "graph.onnx"
-WEIGHTS_FILE = "weights.safetensors"
-
-LOGIT_ROWS = "logit_rows"
-LOGITS = "logits"
 
 
 class Lowering(Protocol):

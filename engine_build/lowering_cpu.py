@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine_build.engine_names import LEVELS, SCALES
 from engine_build.onnx_writer import MICROSOFT, SINKSERVE, GraphWriter
 from engine_build.quantize import quantise, stored_shapes
 from engine_build.shard import rank_weights, shard_shape
@@ -24,7 +25,6 @@ Floats = npt.NDArray[np.float32]
 TOKEN_IDS, ANGLES, ROWS, CACHE = "token_ids", "angles", "rows", "cache"
 REDUCER = "reducer"
 ROW_FIELDS = 7
-LEVELS, SCALES = ".levels", ".scales"
 
 
 class CpuLowering:

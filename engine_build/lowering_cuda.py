@@ -1,7 +1,8 @@
-"""The weights of a CUDA engine: 16-bit matrices, or float8 with a scale for each output. It needs no graph.
+"""The weights of a CUDA engine: 16-bit matrices, float8 with a scale for each output, or 4 bits with a scale
+for each group of inputs (engine_build/int4.py). It needs no graph.
 
-Norms, biases and scales stay float32: together they are less than a thousandth of the file. The embedding
-and the head stay 16-bit where the layers are float8: rounding a token's own vector shows most.
+Norms, biases and scales of outputs stay float32: together they are less than a thousandth of the file. The
+embedding and the head stay 16-bit where the layers are not: rounding a token's own vector shows most.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from engine_build.lowering_cpu import LEVELS, SCALES
-from engine_build.onnx_writer import Declared
+from engine_build import int4
+from engine_build.engine_names import LEVELS, SCALES, Declared
 from engine_build.shard import shard_size, whole_weights
 from engine_build.spec import EngineSpec, WeightFormat
 from engine_build.weights import Floats, MergedWeight
@@ -26,13 +27,15 @@ _WIDE: dict[WeightFormat, npt.DTypeLike] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
     "float8": ml_dtypes.bfloat16,
+    "int4": ml_dtypes.bfloat16,
 }
+INT4_SCALE = np.dtype(ml_dtypes.bfloat16)
 
 
-def is_float8(weight: MergedWeight, weight_format: WeightFormat) -> bool:
-    """Whether this weight is kept as float8 and scales."""
+def is_scaled(weight: MergedWeight, weight_format: WeightFormat) -> bool:
+    """Whether this weight is kept as float8 or 4 bits, and scales."""
     outer = weight.name in ("embed", "head")
-    return weight_format == "float8" and weight.is_matrix and not outer
+    return weight_format in ("float8", "int4") and weight.is_matrix and not outer
 
 
 def quantise_float8(values: Floats) -> tuple[npt.NDArray[Any], Floats]:
@@ -50,19 +53,31 @@ class CudaWeights:
         self.declared: dict[str, Declared] = {}
         for weight in whole_weights(spec.model, spec.tp_size):
             shape = shard_size(weight, spec.model, spec.tp_size)
-            if is_float8(weight, self._format):
-                levels = Declared(np.dtype(ml_dtypes.float8_e4m3fn), shape)
+            if is_scaled(weight, self._format):
+                levels, scales = self._scaled(*shape)
                 self.declared[weight.name + LEVELS] = levels
-                self.declared[weight.name + SCALES] = Declared(np.dtype(np.float32), shape[:1])
+                self.declared[weight.name + SCALES] = scales
             else:
                 self.declared[weight.name] = Declared(self._type(weight), shape)
 
     def store(self, weight: MergedWeight, values: Floats) -> dict[str, Any]:
         """The tensors, by name, that are kept of a rank's part of a weight."""
-        if is_float8(weight, self._format):
-            levels, scales = quantise_float8(values)
+        if is_scaled(weight, self._format):
+            levels, scales = self._rounded(values)
             return {weight.name + LEVELS: levels, weight.name + SCALES: scales}
         return {weight.name: values.astype(self._type(weight))}
+
+    def _scaled(self, outputs: int, inputs: int) -> tuple[Declared, Declared]:
+        if self._format == "int4":
+            words = Declared(np.dtype(np.int32), (outputs, int4.num_words(inputs)))
+            return words, Declared(INT4_SCALE, (outputs, int4.num_scales(inputs)))
+        levels = Declared(np.dtype(ml_dtypes.float8_e4m3fn), (outputs, inputs))
+        return levels, Declared(np.dtype(np.float32), (outputs,))
+
+    def _rounded(self, values: Floats) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        if self._format == "int4":
+            return int4.to_words(*int4.quantise(values, INT4_SCALE))
+        return quantise_float8(values)
 
     def _type(self, weight: MergedWeight) -> np.dtype[Any]:
         return np.dtype(_WIDE[self._format] if weight.is_matrix else np.float32)

@@ -29,17 +29,25 @@ import numpy as np
 import numpy.typing as npt
 from onnx import helper, numpy_helper
 
+from engine_build.engine_names import LEVELS, SCALES
 from engine_build.onnx_writer import Dimension, GraphWriter
+from engine_build.plan_inputs import (
+    ANGLES,
+    NUM_ROW_FIELDS,
+    PRESENT,
+    QUERY_AGES,
+    ROW_FIELDS,
+    TOKEN_IDS,
+    WRITE_PLACES,
+    cache_names,
+    num_places,
+)
 from engine_build.shard import rank_weights, shard_shape
 from engine_build.spec import EngineSpec, KvDtype, WeightFormat
 from engine_build.weights import MergedWeight
 
 Floats = npt.NDArray[np.float32]
 
-TOKEN_IDS = "token_ids"
-ANGLES, ROW_FIELDS, QUERY_AGES, WRITE_PLACES = "angles", "row_fields", "query_ages", "write_places"
-NUM_ROW_FIELDS = 6
-LEVELS, SCALES = ".levels", ".scales"
 TENSORRT = "tensorrt"
 """Domain of the one operator that ONNX lacks, DistCollective: TensorRT's parser goes by its name."""
 
@@ -55,40 +63,6 @@ _LEVEL_DTYPES: dict[WeightFormat, tuple[type[np.generic], float]] = {
     "float8": (ml_dtypes.float8_e4m3fn, 448.0),
 }
 _UNSEEN = -1e30
-_PLACES_TOGETHER = 16
-_ALIGNMENT_BYTES = 256
-
-
-def cache_names(layer: int) -> tuple[str, str]:
-    """Names of a layer's keys and values among the inputs; the outputs have `PRESENT` added."""
-    return f"layers.{layer}.keys", f"layers.{layer}.values"
-
-
-PRESENT = ".present"
-
-
-def num_places(spec: EngineSpec) -> int:
-    """Token places of a kv_slot in a plan's cache: the slot, and one place that nobody ever sees.
-
-    Rows of a batch that have no token in a step write there. Rounded up so that every kv_slot begins at
-    a multiple of 256 bytes, which TensorRT wants of addresses.
-    """
-    places = -(-(spec.slot_tokens + 1) // _PLACES_TOGETHER) * _PLACES_TOGETHER
-    place_bytes = kv_heads(spec) * spec.model.head_dim * spec.kv_bytes
-    while places * place_bytes % _ALIGNMENT_BYTES:
-        places += _PLACES_TOGETHER
-    return places
-
-
-def kv_heads(spec: EngineSpec) -> int:
-    """KV heads of one rank."""
-    return shard_shape(spec.model, spec.tp_size).num_kv_heads
-
-
-def cache_row_bytes(spec: EngineSpec) -> int:
-    """Bytes of one kv_slot in a plan's cache, on one rank."""
-    place_bytes = kv_heads(spec) * spec.model.head_dim * spec.kv_bytes
-    return 2 * spec.model.num_layers * num_places(spec) * place_bytes
 
 
 class TensorRtLowering:

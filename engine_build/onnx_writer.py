@@ -14,32 +14,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from engine_build.engine_names import Declared, StoredAt
+
 MICROSOFT = "com.microsoft"
 SINKSERVE = "sinkserve"
 _OPSETS = (("", 24), (MICROSOFT, 1), (SINKSERVE, 1))
 _IR_VERSION = 11
 
 Dimension = int | str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredAt:
-    """Where a weight's bytes are in the weights file."""
-
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """A weight: element type and shape."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 @dataclass(slots=True)

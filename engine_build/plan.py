@@ -69,6 +69,8 @@ def build_plan(
             "Use another release of it",
         )
     config = builder.create_builder_config()
+    if spec.weight_format == "float32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is asked for where every bit counts
     for profile in plan_profiles(spec):
         shapes = [input_shapes(spec, size) for size in (profile.least, profile.usual, profile.most)]
         ranges = builder.create_optimization_profile()

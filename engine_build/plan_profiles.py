@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine_build.graph import LOGIT_ROWS
-from engine_build.lowering_tensorrt import (
+from engine_build.engine_names import LOGIT_ROWS
+from engine_build.plan_inputs import (
     ANGLES,
     NUM_ROW_FIELDS,
     QUERY_AGES,

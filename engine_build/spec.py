@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 RopeScaling = Literal["default", "linear", "llama3", "yarn", "divisors"]
-WeightFormat = Literal["float32", "int8", "float16", "bfloat16", "float8"]
+WeightFormat = Literal["float32", "int8", "float16", "bfloat16", "float8", "int4"]
 KvDtype = Literal["float32", "float16", "bfloat16"]
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
@@ -29,9 +29,9 @@ KV_TILE = 16
 
 TARGET_FORMATS: Mapping[Target, tuple[WeightFormat, ...]] = {
     "cpu": ("int8", "float32"),
-    "cuda": ("bfloat16", "float16", "float8", "float32"),
-    "tensorrt": ("bfloat16", "float16", "float32"),
-    "tensorrt-rtx": ("bfloat16", "float16", "int8", "float8", "float32"),
+    "cuda": ("bfloat16", "float16", "float8", "int4", "float32"),
+    "tensorrt": ("bfloat16", "float16", "int4", "float32"),
+    "tensorrt-rtx": ("bfloat16", "float16", "int8", "float8", "int4", "float32"),
 }
 """Weight formats that each target runs, its default first."""
 
@@ -42,6 +42,7 @@ _KV_DTYPES: Mapping[WeightFormat, KvDtype] = {
     "float16": "float16",
     "bfloat16": "bfloat16",
     "float8": "bfloat16",
+    "int4": "bfloat16",
 }
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine_build import int4
 from engine_build.checkpoint import read_checkpoint
-from engine_build.graph import WEIGHTS_FILE
-from engine_build.lowering_cpu import LEVELS, SCALES
+from engine_build.engine_names import LEVELS, SCALES, WEIGHTS_FILE
 from engine_build.quantize import dequantise
 from engine_build.shard import rank_folder, rank_weights, shard_shape
 from engine_build.spec import EngineSpec, ModelShape, SpecError
@@ -72,6 +72,8 @@ def _as_float32(stored: _Stored, name: str, shape: tuple[int, ...]) -> Floats:
     levels, scales = stored.get(name + LEVELS), stored.get(name + SCALES)
     if levels is None or scales is None:
         raise _unreadable(f"has no {name}")
+    if levels.dtype == np.int32:
+        return int4.dequantise(*int4.from_words(levels, scales, shape[1]))
     if levels.ndim == 2:  # one scale for each output
         product: Floats = levels.astype(np.float32) * scales.astype(np.float32)[:, None]
         return product

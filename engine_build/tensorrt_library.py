@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from engine_build.libraries import LIBRARIES, missing_library
 from engine_build.spec import SpecError, Target
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+CURRENT = "current"
+"""A compute capability: that of the GPU that is here, which must be there at the build."""
+
 _LAYERS = ("add_kv_cache_update", "add_rotary_embedding")
 
 
@@ -93,9 +96,11 @@ def open_builder(trt: Any, target: Target) -> Any:
 
 
 def choose_capabilities(trt: Any, target: Target, config: Any, wanted: Sequence[str]) -> None:
-    """Build for GPUs of these compute capabilities ("8.9"); none: the library's own choice.
+    """Build for GPUs of these compute capabilities ("8.9", or "current" for the GPU that is here); none:
+    the library's own choice.
 
-    Raises SpecError naming those that the library knows when it refuses one.
+    One that the library has no name for is asked for by its number. Raises SpecError in the library's words,
+    naming those that it knows, when it refuses one.
     """
     if not wanted:
         return
@@ -107,9 +112,10 @@ def choose_capabilities(trt: Any, target: Target, config: Any, wanted: Sequence[
         )
     known = known_capabilities(trt)
     log = messages(trt)
+    log.clear()
     config.num_compute_capabilities = len(wanted)
     for number, capability in enumerate(wanted):
-        value = known.get(capability)
+        value = _capability(trt, known, capability)
         if value is None or not config.set_compute_capability(value, number):
             reason = (
                 f"{target} {trt.__version__} does not build for compute capability {capability}"
@@ -117,8 +123,20 @@ def choose_capabilities(trt: Any, target: Target, config: Any, wanted: Sequence[
             raise SpecError(
                 "compute_capabilities",
                 f"{reason} ({log.last()})" if value is not None else reason,
-                f"Use of {', '.join(known)}",
+                f"Use of {', '.join(known)}, or {CURRENT}",
             )
+
+
+def _capability(trt: Any, known: Mapping[str, Any], capability: str) -> Any:
+    """The library's value for "8.9", "9.0", "current"; None for what is no number."""
+    if capability == CURRENT:
+        return trt.ComputeCapability.CURRENT
+    if capability in known:
+        return known[capability]
+    major, _, minor = capability.partition(".")
+    if not (major.isdecimal() and minor.isdecimal()):
+        return None
+    return trt.ComputeCapability(10 * int(major) + int(minor))
 
 
 def known_capabilities(trt: Any) -> dict[str, Any]:

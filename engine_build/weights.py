@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from engine_build.onnx_writer import Declared, StoredAt
+from engine_build.engine_names import Declared, StoredAt
 from engine_build.spec import ModelShape
 
 Floats = npt.NDArray[np.float32]
@@ -30,6 +30,7 @@ _DTYPE_NAMES = {
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+    np.dtype(np.int32): "I32",
     np.dtype(np.int8): "I8",
     np.dtype(np.uint8): "U8",
 }

@@ -27,10 +27,12 @@ from engine.cuda_kernels.attention import (
     sink_attention,
 )
 from engine.cuda_kernels.linear import Norm, Weights
+from engine.cuda_kernels.packed_linear import PackedWeights, unpack
 from engine.cuda_kernels.rotate import HeadNorms, rotate_and_cache, rotation_angles
 from engine.cuda_kernels.rows import rms_norm, swiglu, to_float8
 from engine.cuda_linear import LinearLayers, default_choice
 from engine.cuda_tuning import candidates
+from engine_build.int4 import num_words
 
 HOPPER = GPUTarget("cuda", 90, 32)
 PROCESSORS = 132
@@ -102,6 +104,17 @@ def layers() -> Iterator[tuple[Weights, Norm | None, bool]]:
         yield weights(6144, 4096), norm, False
         yield weights(28672, 4096, gated=True), norm, False
         yield weights(4096, 14336), None, True
+    for group in (64, 128):
+
+        def packed(
+            rows: int, columns: int, gated: bool = False, group: int = group
+        ) -> PackedWeights:
+            words = empty(rows, num_words(columns), dtype=torch.int32)
+            return PackedWeights(words, empty(rows, columns // group), None, gated, columns)
+
+        yield packed(6144, 4096), norm, False
+        yield packed(28672, 4096, gated=True), norm, False
+        yield packed(4096, 14336), None, True
 
 
 def compile_linear(overlap: bool) -> None:
@@ -115,6 +128,12 @@ def compile_linear(overlap: bool) -> None:
                 if choice.blocks is not None:
                     x, out = empty(tokens, weights.num_inputs), empty(tokens, weights.num_outputs)
                     linear.run_as(choice, x, weights, out, norm, accumulate=accumulate)
+
+
+def compile_unpacking() -> None:
+    words, scales = empty(4096, num_words(14336), dtype=torch.int32), empty(4096, 14336 // 128)
+    weights = PackedWeights(words, scales, inputs=14336)
+    unpack(weights, slice(0, 256), empty(256, 14336))
 
 
 def compile_attention(heads: int, kv_heads: int, dim: int, overlap: bool) -> None:
@@ -144,6 +163,7 @@ def main() -> None:
         compile_linear(overlap)
         for heads, kv_heads, dim in ((32, 8, 128), (32, 32, 128), (14, 2, 64), (32, 8, 80)):
             compile_attention(heads, kv_heads, dim, overlap)
+    compile_unpacking()
     x, weight = empty(64, 4096), empty(4096)
     rms_norm(x, weight, 1e-5, x)
     rms_norm(x, weight, 1e-5, x, x)

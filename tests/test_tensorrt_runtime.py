@@ -25,9 +25,10 @@ from engine import tensorrt_runtime  # noqa: E402
 from engine.protocol import Row, SampleRequest, StepPlan  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
 from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine  # noqa: E402
-from engine_build.graph import GRAPH_FILE, LOGITS, export_graph  # noqa: E402
-from engine_build.lowering_tensorrt import PRESENT, cache_names, cache_row_bytes  # noqa: E402
+from engine_build.engine_names import GRAPH_FILE, LOGITS  # noqa: E402
+from engine_build.graph import export_graph  # noqa: E402
 from engine_build.plan import PLAN_FILE  # noqa: E402
+from engine_build.plan_inputs import PRESENT, cache_names, cache_row_bytes  # noqa: E402
 from engine_build.plan_profiles import input_shapes, plan_profiles  # noqa: E402
 from engine_build.spec import EngineSpec, SpecError, Target  # noqa: E402
 from tests.engine_fixtures import (  # noqa: E402

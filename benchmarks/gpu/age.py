@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu.driving import decode_plans, step_seconds
+from benchmarks.gpu.driving import decode_plans, step_seconds, warm_up
 from benchmarks.gpu.shapes import Effort, Point
 from benchmarks.gpu.subject import Subject
 from benchmarks.gpu.summary import spread
@@ -21,6 +21,7 @@ def measure_age(
     spec = point.spec
     engine = subject.open(spec, 1)
     old = [age for age in ages if age >= spec.capacity]
+    warm_up(engine, decode_plans(spec, 1, effort.steps), effort.warm_s)
     seconds: dict[int, list[float]] = {age: [] for age in old}
     for number in range(effort.rounds + 1):
         for age in old:

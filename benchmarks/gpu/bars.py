@@ -1,4 +1,4 @@
-"""The bars of the GPU engine: what must be shown, evaluated on what was measured. Pure.
+"""The bars of the GPU engines: what must be shown, evaluated on what was measured. Pure.
 
 1. decode at batch 1: at least 5 times StreamingLLM as published, in interleaved runs
 2. decode at batch 1: at least 85% of the bandwidth roofline
@@ -66,8 +66,13 @@ def evaluate(sections: Mapping[str, Any]) -> list[Bar]:
     return [bar for bars in found.values() for bar in bars]
 
 
+def on(result: Mapping[str, Any]) -> str:
+    """ " on TensorRT-RTX" where a result is of that engine; nothing for the CUDA engine."""
+    return " on TensorRT-RTX" if result.get("target") == "tensorrt-rtx" else ""
+
+
 def _point(result: Mapping[str, Any], *more: str) -> str:
-    return ", ".join([f"{result['model']} at capacity {result['capacity']}", *more])
+    return ", ".join([f"{result['model']} at capacity {result['capacity']}{on(result)}", *more])
 
 
 def _versus(result: Mapping[str, Any]) -> Iterator[Bar]:
@@ -91,5 +96,5 @@ def _prefill(result: Mapping[str, Any]) -> Iterator[Bar]:
 
 def _correctness(result: Mapping[str, Any]) -> Iterator[Bar]:
     for check in result["checks"]:
-        point = f"{result['model']} {result['weight_format']}: {check['name']}"
+        point = f"{result['model']} {result['weight_format']}{on(result)}: {check['name']}"
         yield Bar("error", point, check["error"], check["bar"], bool(check.get("at_least", False)))

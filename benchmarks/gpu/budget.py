@@ -13,8 +13,9 @@ from typing import Any
 SAVING_S = 5.0
 """Kept back at the end, for the last save and the summary."""
 
-PATIENCE = 4.0
-"""A task may take this many times its estimate before it is given up."""
+PATIENCE, MOST_PATIENCE_S = 4.0, 150.0
+"""A task may take this many times its estimate before it is given up, but not so many seconds more: one that
+hangs must not cost the others their time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class Task:
     importance: int
     estimate_s: float
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> str:
+        """Which engine it is about: "cuda" where the parameters name none."""
+        return str(self.parameters.get("engine", "cuda"))
 
     @property
     def key(self) -> str:
@@ -53,15 +59,22 @@ class Budget:
 
     def timeout_s(self, task: Task) -> float:
         """How long the task may take: some patience, but never beyond the budget."""
-        return min(self.remaining_s, PATIENCE * task.estimate_s)
+        longest = min(PATIENCE * task.estimate_s, task.estimate_s + MOST_PATIENCE_S)
+        return min(self.remaining_s, longest)
 
 
 def in_order(
-    tasks: Sequence[Task], only: Collection[str] = (), done: Collection[str] = ()
+    tasks: Sequence[Task],
+    only: Collection[str] = (),
+    done: Collection[str] = (),
+    failed_before: Collection[str] = (),
 ) -> list[Task]:
-    """What is left to do, most important first: `only` these sections (all if empty), not `done` keys."""
+    """What is left to do, most important first: `only` these sections (all if empty), not `done` keys.
+
+    What failed in an earlier call comes last: it may hang again.
+    """
     left = [t for t in tasks if (not only or t.section in only) and t.key not in done]
-    return sorted(left, key=lambda task: task.importance)
+    return sorted(left, key=lambda task: (task.key in failed_before, task.importance))
 
 
 def fitting(tasks: Sequence[Task], budget_s: float) -> tuple[list[Task], list[Task]]:

@@ -19,7 +19,7 @@ from benchmarks.gpu.reference import WRONG_RULES, FloatReference, WindowRule
 from benchmarks.gpu.shapes import SINK_TOKENS
 from engine.protocol import Engine, Logits, Row, SampleRequest, StepPlan, TokenIds
 from engine.sampling import SamplingParams, sample_rows
-from engine_build.spec import EngineSpec, ModelShape, WeightFormat
+from engine_build.spec import EngineSpec, WeightFormat
 
 MAX_ERROR: Mapping[WeightFormat, float] = {
     "float32": 1e-3,
@@ -35,7 +35,6 @@ MAX_OTHER_TOKENS = 0.005
 """Share of draws that may differ from the host's: u within rounding of an edge of the CDF."""
 
 OFFSETS = (100_003, 4_000_037, 16_000_000)
-LAYERS, VOCABULARY = 4, 2048
 
 SAMPLING = (
     SamplingParams(temperature=0.0),
@@ -45,15 +44,6 @@ SAMPLING = (
     SamplingParams(temperature=0.8, repetition_penalty=1.2, frequency_penalty=0.3),
     SamplingParams(temperature=1.0, logit_bias=((5, 4.0), (9, -8.0)), presence_penalty=0.5),
 )
-
-
-def cut_shape(shape: ModelShape) -> ModelShape:
-    """The widths of `shape`, at most `LAYERS` layers and `VOCABULARY` tokens."""
-    return dataclasses.replace(
-        shape,
-        num_layers=min(LAYERS, shape.num_layers),
-        vocab_size=min(VOCABULARY, shape.vocab_size),
-    )
 
 
 class Checks:

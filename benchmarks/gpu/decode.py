@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu.driving import decode_plans, step_seconds
+from benchmarks.gpu.driving import decode_plans, step_seconds, warm_up
 from benchmarks.gpu.roofline import Limits, decode_work, fit, largest_batch
 from benchmarks.gpu.shapes import Effort, Point
 from benchmarks.gpu.subject import Subject
@@ -26,8 +26,8 @@ def measure_decode(
             skipped.append({"batch": batch, "reason": reason})
             continue
         engine = subject.open(spec, slots)
-        first = step_seconds(engine, decode_plans(spec, batch, effort.least))
-        steps = effort.repetitions(first[-1])
+        first = warm_up(engine, decode_plans(spec, batch, effort.least), effort.warm_s)
+        steps = effort.repetitions(first)
         seconds = step_seconds(engine, decode_plans(spec, batch, steps))
         work = decode_work(spec, batch, limits)
         limit = work.seconds(limits)

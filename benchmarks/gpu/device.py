@@ -12,8 +12,18 @@ _STATE = {
     "clocks.mem": "memory_mhz",
     "power.draw": "power_w",
     "power.limit": "power_limit_w",
+    "pstate": "performance_state",
     "temperature.gpu": "temperature_c",
     "clocks_event_reasons.active": "clock_limits",
+}
+_SETTINGS = {
+    "driver_version": "driver",
+    "clocks.max.sm": "most_sm_mhz",
+    "clocks.max.mem": "most_memory_mhz",
+    "ecc.mode.current": "ecc",
+    "mig.mode.current": "mig",
+    "persistence_mode": "persistence",
+    "vbios_version": "vbios",
 }
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "mpi4py")
 
@@ -26,9 +36,13 @@ def card_state() -> dict[str, float | str]:
     return {name: _number(value) for name, value in zip(_STATE.values(), values, strict=False)}
 
 
-def driver_version() -> str | None:
-    found = _nvidia_smi(["driver_version"])
-    return found[0] if found else None
+def card_settings() -> dict[str, float | str]:
+    """Driver, highest clocks and modes, by nvidia-smi, as far as it answers."""
+    fields = list(_SETTINGS)
+    # One field that a driver does not know spoils the whole question.
+    values = _nvidia_smi(fields) or [(_nvidia_smi([one]) or [""])[0] for one in fields]
+    named = zip(_SETTINGS.values(), values, strict=False)
+    return {n: _number(v) if n.endswith("_mhz") else v for n, v in named if v}
 
 
 def versions() -> dict[str, str]:
@@ -57,7 +71,7 @@ def describe_device(device: str) -> dict[str, Any]:
             "memory_bytes": total,
             "free_bytes": free,
             "l2_bytes": getattr(properties, "L2_cache_size", 50 << 20),
-            "driver": driver_version(),
+            **card_settings(),
             "cuda": torch.version.cuda,
         }
     return {**described, "versions": versions(), "state": card_state()}

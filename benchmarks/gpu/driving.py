@@ -92,6 +92,19 @@ def step_seconds(engine: Engine, plans: Iterable[StepPlan]) -> list[float]:
     return seconds
 
 
+def warm_up(engine: Engine, plans: Sequence[StepPlan], at_least_s: float) -> float:
+    """Run the plans, again and again until `at_least_s` have passed; seconds of the very last step.
+
+    First launches compile kernels and record graphs; TensorRT-RTX compiles better kernels for the shapes that
+    it meets in the background, while it runs.
+    """
+    begin = time.monotonic()
+    while True:
+        seconds = step_seconds(engine, plans)
+        if time.monotonic() - begin >= at_least_s:
+            return seconds[-1]
+
+
 def cut(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(begin, end) of consecutive chunks of these sizes, over and over, until `count`."""
     begin, turn = 0, 0

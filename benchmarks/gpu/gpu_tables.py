@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.bars import evaluate
+from benchmarks.gpu.bars import evaluate, on
 from benchmarks.report import table
 
 Document = Mapping[str, Any]
 
 NOT_MEASURED = (
-    "No GPU number has been measured yet: the engine is tested under Triton's interpreter, and the script\n"
-    "that checks and measures it on a card is ready:\n\n"
+    "No GPU number has been measured yet: the engines are tested without one (the CUDA engine in Triton's\n"
+    "interpreter, TensorRT's graph on ONNX Runtime), and the script that checks and measures them on a card\n"
+    "is ready ([how](gpu-measuring.md)):\n\n"
     "```\npython -m benchmarks.gpu.run --help\n```"
 )
 
@@ -48,6 +49,8 @@ def gpu_part(document: Document) -> str:
         ("What a step costs beside the model", list(_overheads(sections))),
         ("Variants of the engine", list(_variants(sections))),
         ("Decode attention, one layer", list(_attention(sections))),
+        ("Whether TensorRT-RTX runs on this card", list(_tensorrt(sections))),
+        ("TensorRT plans", list(_plans(sections))),
         ("Not measured", list(_missing(document))),
     ):
         if len(rows) > 1:
@@ -185,6 +188,36 @@ def _attention(sections: Document) -> Iterator[list[str]]:
             ]
 
 
+def _tensorrt(sections: Document) -> Iterator[list[str]]:
+    yield ["plan built", "bytes", "valid here", "opens", "right result", "what the library says"]
+    for found in results_of(sections, "tensorrt_sm90"):
+        for plan in found["plans"]:
+            said = [*plan.get("said", ()), *(plan[k] for k in ("raised", "ended") if k in plan)]
+            yield [
+                plan["way"],
+                "none" if plan.get("plan_bytes") is None else str(plan["plan_bytes"]),
+                str(plan.get("valid", "")).removeprefix("EngineValidity."),
+                _yes(plan.get("opens")),
+                _yes(plan.get("right")),
+                " ".join("; ".join(said).replace("|", "/").split()),
+            ]
+
+
+def _yes(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+def _plans(sections: Document) -> Iterator[list[str]]:
+    yield ["model", "capacity", "section", "plan for", "plan, MB", "built in s", "opened in s"]
+    for key, found in sections.items():
+        if "plan" not in found:
+            continue
+        plan = found["plan"]
+        size = f"{plan['plan_bytes'] / 1e6:.1f}"
+        times = [f"{plan['build_s']:.0f}", f"{plan['open_s']:.1f}"]
+        yield [*_names(found), key.split("/", 1)[0], plan["plan_for"], size, *times]
+
+
 def _missing(document: Document) -> Iterator[list[str]]:
     yield ["what", "why"]
     for kind in ("failed", "skipped"):
@@ -193,7 +226,7 @@ def _missing(document: Document) -> Iterator[list[str]]:
 
 
 def _names(found: Document) -> Sequence[str]:
-    return [found["model"], str(found["capacity"])]
+    return [f"{found['model']}{on(found)}", str(found["capacity"])]
 
 
 def _milliseconds(row: Document) -> str:

@@ -1,4 +1,4 @@
-"""Which of the engine's options the rest of a run uses, by the variants that were measured. Pure."""
+"""Which options of the engines the rest of a run uses, by what was measured. Pure."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def chosen_options(sections: Mapping[str, Any], model: str) -> dict[str, Any]:
         theirs = [found for found in variants if found["model"] == name]
         choices |= min(theirs, key=lambda found: found["mean_ms"])["choices"]
     return {"overlap": best["overlap"], "choices": choices}
+
+
+def plan_capabilities(sections: Mapping[str, Any]) -> list[str] | None:
+    """What TensorRT's plans are to be built for on this card, as the probe found out.
+
+    An empty list is the library's own choice; None: nothing runs here. Raises KeyError where it was not
+    probed.
+    """
+    for key, found in sections.items():
+        if key.startswith("tensorrt_sm90/"):
+            capabilities: list[str] | None = found["capabilities"]
+            return capabilities
+    raise KeyError("tensorrt_sm90")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.bars import on
 from benchmarks.gpu.gpu_tables import PEERS, results_of
 
 Document = Mapping[str, Any]
@@ -37,7 +38,7 @@ def draw(document: Document, folder: Path, stem: str) -> list[Path]:
 
 def _decode(axes: Any, results: list[Document]) -> None:
     for found in results:
-        label = f"{found['model']} at {found['capacity']}, {found['weight_format']}"
+        label = f"{found['model']}{on(found)} at {found['capacity']}, {found['weight_format']}"
         batches = [row["batch"] for row in found["points"]]
         (line,) = axes.plot(
             batches, [row["tokens_per_s"] for row in found["points"]], "o-", label=label
@@ -50,7 +51,7 @@ def _decode(axes: Any, results: list[Document]) -> None:
 
 
 def _prefill(axes: Any, results: list[Document]) -> None:
-    names = [f"{found['model']}\nat {found['capacity']}" for found in results]
+    names = [f"{found['model']}{on(found)}\nat {found['capacity']}" for found in results]
     axes.bar(names, [100 * found["of_matmul_rate"] for found in results])
     axes.axhline(60, color="black", linestyle="--")
     axes.set(ylabel="% of the measured matmul rate")
@@ -59,7 +60,7 @@ def _prefill(axes: Any, results: list[Document]) -> None:
 
 def _age(axes: Any, results: list[Document]) -> None:
     for found in results:
-        label = f"{found['model']} at {found['capacity']}"
+        label = f"{found['model']}{on(found)} at {found['capacity']}"
         ages = [row["age"] for row in found["ages"]]
         axes.plot(ages, [row["ms"] for row in found["ages"]], "o-", label=label)
     axes.set(xscale="log", xlabel="age of the conversation, tokens", ylabel="ms a token")
@@ -70,7 +71,8 @@ def _age(axes: Any, results: list[Document]) -> None:
 
 def _versus(axes: Any, results: list[Document]) -> None:
     names = [
-        f"{PEERS[found['peer']]}\n{found['model']} at {found['capacity']}" for found in results
+        f"{PEERS[found['peer']]}\n{found['model']}{on(found)} at {found['capacity']}"
+        for found in results
     ]
     places = range(len(names))
     for offset, side, label in ((-0.2, "ours", "SinkServe"), (0.2, "theirs", "peer")):
@@ -85,7 +87,7 @@ def _versus(axes: Any, results: list[Document]) -> None:
 def _restore(axes: Any, results: list[Document]) -> None:
     for found in results:
         windows = [row["windows"] for row in found["replay"]]
-        label = f"{found['model']} at {found['capacity']}"
+        label = f"{found['model']}{on(found)} at {found['capacity']}"
         (line,) = axes.plot(
             windows, [row["ms"] for row in found["replay"]], "o-", label=f"replay, {label}"
         )
@@ -103,7 +105,7 @@ def _overheads(axes: Any, results: list[Document]) -> None:
             rows = {**one["sampling"]}
             if "without_graphs" in one:
                 rows["greedy, without CUDA graphs"] = one["without_graphs"]
-            label = f"{found['model']}, batch {one['batch']}"
+            label = f"{found['model']}{on(found)}, batch {one['batch']}"
             axes.plot([row["ms"] for row in rows.values()], list(rows), "o", label=label)
     axes.set(xlabel="ms a step")
     axes.set_title("Sampling and launches")

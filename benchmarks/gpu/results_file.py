@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,19 @@ class WrongResults(ValueError):
 
 @dataclass(slots=True)
 class Results:
-    """`document["sections"][key of a task]` is what it measured; `["failed"]`, `["skipped"]` say why not."""
+    """`document["sections"][key of a task]` is what it measured; `["failed"]`, `["skipped"]` say why not;
+    `["calls"]` has the arguments and the device of each call that added to it.
+
+    `failed_before`: keys of what failed in the call that this one resumes.
+    """
 
     path: Path
     document: dict[str, Any]
+    failed_before: frozenset[str] = frozenset()
 
     @classmethod
-    def new(cls, folder: Path, device: dict[str, Any]) -> Results:
-        """`folder`/gpu-CARD-DATE.json."""
+    def new(cls, folder: Path, device: dict[str, Any], arguments: Sequence[str] = ()) -> Results:
+        """`folder`/gpu-CARD-DATE.json. Raises WrongResults where that is there already."""
         day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
         folder.mkdir(parents=True, exist_ok=True)
         card = "".join(c if c.isalnum() else "-" for c in str(device["name"]).lower()).strip("-")
@@ -37,15 +43,23 @@ class Results:
             "date": day,
             "machine": f"{device['name']}; {machine()}",
             "device": device,
+            "calls": [_call(device, arguments)],
             "sections": {},
             "failed": {},
             "skipped": {},
             "bars": [],
         }
-        return cls(folder / f"gpu-{card}-{day}.json", document)
+        path = folder / f"gpu-{card}-{day}.json"
+        if path.exists():
+            raise WrongResults(
+                f"{path} is there already: go on with --resume, or name another --out"
+            )
+        return cls(path, document)
 
     @classmethod
-    def resumed(cls, earlier: Path, folder: Path, device: dict[str, Any]) -> Results:
+    def resumed(
+        cls, earlier: Path, folder: Path, device: dict[str, Any], arguments: Sequence[str] = ()
+    ) -> Results:
         """Go on from `earlier`, writing into `folder`. Raises WrongResults for another card's file."""
         try:
             document = json.loads(earlier.read_text())
@@ -59,9 +73,11 @@ class Results:
                 f"{earlier} was measured on {there}, this is {device['name']}: figures of two cards "
                 "are not mixed. Start without --resume"
             )
+        failed = frozenset(document["failed"])
         document["failed"], document["skipped"] = {}, {}
+        document.setdefault("calls", []).append(_call(device, arguments))
         folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder / earlier.name, document)
+        return cls(folder / earlier.name, document, failed)
 
     @property
     def done(self) -> set[str]:
@@ -76,3 +92,9 @@ class Results:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.document, indent=2) + "\n")
         os.replace(part, self.path)
+
+
+def _call(device: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """One call: when it began, of what, on what. Two machines of one kind may differ in their driver."""
+    now = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
+    return {"began": now, "arguments": list(arguments), "device": device}

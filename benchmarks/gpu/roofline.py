@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from benchmarks.gpu.shapes import linear_parameters
 from engine_build.spec import EngineSpec, WeightFormat
 
-_WEIGHT_BYTES: Mapping[WeightFormat, int] = {
+_WEIGHT_BYTES: Mapping[WeightFormat, float] = {
     "float32": 4,
     "float16": 2,
     "bfloat16": 2,
     "float8": 1,
     "int8": 1,
+    "int4": 0.5 + 2 / 128,
 }
 
 
@@ -63,18 +64,18 @@ class Work:
 
 
 def weight_bytes(spec: EngineSpec) -> int:
-    """Bytes of the weights that a step reads: layers and head. float8 keeps its head in 16 bits."""
+    """Bytes of the weights that a step reads: layers and head, which has 16 bits or more."""
     shape, size = spec.model, _WEIGHT_BYTES[spec.weight_format]
     head = shape.vocab_size * shape.hidden_size
     head_size = max(2, size)
-    return (linear_parameters(shape) - head) * size + head * head_size
+    return int((linear_parameters(shape) - head) * size + head * head_size)
 
 
 def resident_weight_bytes(spec: EngineSpec) -> int:
     """Bytes of all weights in memory: the embedding too, where it is not the head."""
     shape = spec.model
     embedding = 0 if shape.tied_head else shape.vocab_size * shape.hidden_size
-    return weight_bytes(spec) + embedding * max(2, _WEIGHT_BYTES[spec.weight_format])
+    return weight_bytes(spec) + int(embedding * max(2, _WEIGHT_BYTES[spec.weight_format]))
 
 
 def kv_token_bytes(spec: EngineSpec) -> int:

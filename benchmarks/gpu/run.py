@@ -1,22 +1,25 @@
-"""Build, check and measure the CUDA engine on the machine's GPU, beside its peers and the card's limits.
+"""Build, check and measure our engines on the machine's GPU, beside their peers and the card's limits.
 
     python -m benchmarks.gpu.run --out $OUT                  # about nine minutes: what the bars need first
     python -m benchmarks.gpu.run --out $OUT --resume FILE    # go on where that one stopped
+    python -m benchmarks.gpu.run --out $OUT --resume FILE --engine tensorrt   # TensorRT-RTX: see below
     python -m benchmarks.gpu.run --out $OUT --quick          # two minutes: one model, few points
     python -m benchmarks.gpu.run --out $OUT --resume FILE --only variant      # which kernels are fastest
     python -m benchmarks.gpu.run --out $OUT --resume FILE --again decode versus correctness  # with those
     python -m benchmarks.gpu.run --list                      # what would be measured, in which order
     python -m benchmarks.gpu.run --out /tmp/x --device cpu --tiny   # no GPU: the same code, interpreted
 
-Run from the repository's root. Needs torch with its triton, numpy and (for peers) transformers; nothing is
-installed, downloaded or fetched. The results, OUT/gpu-CARD-DATE.json, are saved after each section, so a
-call that is cut off loses one section at most; --resume takes the rest and keeps what is there. Copy the
-file to benchmarks/results/ and run `python -m benchmarks.gpu.report` for the table and the plots.
+Run from the repository's root. Needs torch with its triton, numpy, ml_dtypes and (for peers) transformers;
+nothing is installed, downloaded or fetched. TensorRT-RTX is taken from .gpu-carry/, where
+`python -m benchmarks.gpu.pack_tensorrt` puts it on a machine with network; without it its sections are left
+out. The results, OUT/gpu-CARD-DATE.json, are saved after each section, so a call that is cut off loses one
+section at most; --resume takes the rest and keeps what is there. Copy the file to benchmarks/results/ and run
+`python -m benchmarks.gpu.report` for the table and the plots. The operator's page is docs/gpu-measuring.md.
 
-Everything that touches the card runs in processes of their own. A section that fails is recorded with
-its error, and the run goes on; OUT/*.log has what the processes printed, OUT/profile.txt the
-tables of kernels (--profile). The exit status is 1 if a check
-of correctness failed or a section could not be run, else 0; a bar that was missed is printed, not an error.
+Everything that touches the card runs in processes of their own. A section that fails is recorded with its
+error, and the run goes on; OUT/*.log has what the processes printed, OUT/profile.txt the tables of kernels
+(--profile). The exit status is 1 if a check of correctness failed or a section could not be run, else 0; a
+bar that was missed is printed, not an error.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any
 
 from benchmarks.gpu.bars import evaluate
 from benchmarks.gpu.budget import Budget, Task, fitting, in_order
-from benchmarks.gpu.options import chosen_options
+from benchmarks.gpu.options import chosen_options, plan_capabilities
 from benchmarks.gpu.process import WorkerFailed, WorkerProcess
 from benchmarks.gpu.results_file import Results, WrongResults
 from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid
@@ -51,20 +54,23 @@ class Run:
     def __init__(self, device: str, size: str, out: Path) -> None:
         self._device, self._size, self._out = device, size, out
         self._subject: WorkerProcess | None = None
+        self._engine = ""
 
     def device(self) -> dict[str, Any]:
         """What the card is. Raises WorkerFailed where there is none."""
-        return self._started_subject().call("device", START_S)
+        return self._started_subject("cuda").call("device", START_S)
 
     def execute(self, task: Task, results: Results, timeout_s: float) -> dict[str, Any]:
         """One task's result. Raises WorkerFailed."""
         if task.section == "tensorrt_sm90":
-            return probe(timeout_s)
-        subject = self._started_subject()
-        given: dict[str, Any] = {
-            "limits": _limits_in(results),
-            "options": chosen_options(results.document["sections"], task.model),
-        }
+            return probe(timeout_s, self._out / "tensorrt.log")
+        given: dict[str, Any] = {"limits": _limits_in(results)}
+        sections = results.document["sections"]
+        if task.engine == "tensorrt":
+            given["capabilities"] = _capabilities_in(sections)
+        else:
+            given["options"] = chosen_options(sections, task.model)
+        subject = self._started_subject(task.engine)
         if task.section == "versus":
             module = "benchmarks.gpu.peers"
             log = self._out / f"peer-{task.parameters['peer']}.log"
@@ -79,7 +85,7 @@ class Run:
             timeout_s,
             section=task.section,
             model=task.model,
-            parameters=dict(task.parameters),
+            parameters={name: p for name, p in task.parameters.items() if name != "engine"},
             given=given,
         )
 
@@ -88,13 +94,16 @@ class Run:
             self._subject.kill()
             self._subject = None
 
-    def _started_subject(self) -> WorkerProcess:
-        if self._subject is not None and not self._subject.alive:
+    def _started_subject(self, engine: str) -> WorkerProcess:
+        """The process of this engine. There is one at a time: each would hold memory of the card."""
+        if self._subject is not None and not (self._subject.alive and self._engine == engine):
             self.close()
         if self._subject is None:
             arguments = ["--device", self._device, "--size", self._size, "--out", str(self._out)]
             module = "benchmarks.gpu.subject_process"
-            self._subject = WorkerProcess(module, arguments, self._out / "subject.log")
+            log = self._out / f"subject-{engine}.log"
+            self._subject = WorkerProcess(module, [*arguments, "--engine", engine], log)
+            self._engine = engine
         return self._subject
 
 
@@ -110,6 +119,19 @@ def _limits_in(results: Results) -> dict[str, Any] | None:
     }
 
 
+def _capabilities_in(sections: dict[str, Any]) -> list[str]:
+    """Raises WorkerFailed where TensorRT-RTX cannot be measured: `absent` if it is known not to run here."""
+    try:
+        found = plan_capabilities(sections)
+    except KeyError as error:
+        problem = f"needs the section {error.args[0]}, which is not measured yet"
+        raise WorkerFailed(problem, alive=True, absent=True) from error
+    if found is None:
+        problem = "TensorRT-RTX runs no plan on this card: see tensorrt_sm90"
+        raise WorkerFailed(problem, alive=True, absent=True)
+    return found
+
+
 def measure_all(run: Run, results: Results, ordered: Sequence[Task], budget: Budget) -> None:
     """Task by task, saving after each; `results` says what failed and what was left out."""
     document = results.document
@@ -122,8 +144,9 @@ def measure_all(run: Run, results: Results, ordered: Sequence[Task], budget: Bud
         try:
             found = run.execute(task, results, budget.timeout_s(task))
         except WorkerFailed as failure:
-            document["failed"][task.key] = str(failure)
-            print(f"    failed: {failure}", file=sys.stderr, flush=True)
+            kind = "skipped" if failure.absent else "failed"
+            document[kind][task.key] = str(failure)
+            print(f"    {kind}: {failure}", file=sys.stderr, flush=True)
         else:
             took_s = time.monotonic() - begin
             document["sections"][task.key] = {**found, "took_s": took_s}
@@ -139,6 +162,7 @@ def headline(found: dict[str, Any]) -> str:
     shown = [f"batch {row['batch']}: {row['ms']:.2f} ms" for row in rows if "ms" in row]
     shown += [f"{found['ratio']:.2f} times the peer"] if "ratio" in found else []
     shown += [f"{found['tokens_per_s']:.0f} tokens/s"] if "tokens_per_s" in found else []
+    shown += [f"runs: {', '.join(found['runs']) or 'none'}"] if "runs" in found else []
     return "".join(f", {one}" for one in shown)
 
 
@@ -154,6 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     size = "tiny" if options.tiny else "quick" if options.quick else "full"
     tasks = tasks_for(GRIDS[size], options.profile)
+    if options.engine:
+        tasks = [
+            task for task in tasks if task.engine == options.engine or task.section == "limits"
+        ]
     if options.models:
         tasks = [task for task in tasks if task.model in {*options.models, "all"}]
     if options.list:
@@ -166,15 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     budget = Budget(options.budget_s, time.monotonic)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     run = Run(options.device, size, options.out)
     try:
         device = run.device()
         if options.resume is None:
-            results = Results.new(options.out, device)
+            results = Results.new(options.out, device, given)
         else:
-            results = Results.resumed(options.resume, options.out, device)
+            results = Results.resumed(options.resume, options.out, device, given)
         again = {key for key in results.done if key.split("/", 1)[0] in options.again}
-        measure_all(run, results, in_order(tasks, options.only, results.done - again), budget)
+        left = in_order(tasks, options.only, results.done - again, results.failed_before)
+        measure_all(run, results, left, budget)
     except (WorkerFailed, WrongResults) as error:
         print(f"cannot measure: {error}", file=sys.stderr)
         return 1
@@ -204,6 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for the results and logs")
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, default=[], help="these sections (default: all)"
+    )
+    parser.add_argument(
+        "--engine", choices=["cuda", "tensorrt"], help="sections of one engine (default: both)"
     )
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=[], help="these models (default: all)"

@@ -7,9 +7,9 @@ draw less power and run faster).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from engine_build.spec import EngineSpec, ModelShape, RopeSpec, WeightFormat, kv_dtype_for
+from engine_build.spec import EngineSpec, ModelShape, RopeSpec, Target, WeightFormat, kv_dtype_for
 
 BATCHES = (1, 8, 64, 256)
 CAPACITIES = (512, 1024, 2048, 4096)
@@ -17,6 +17,7 @@ AGES = (1_000, 10_000, 100_000, 1_000_000, 4_000_000)
 REPLAY_WINDOWS = (1, 2, 4, 8)
 MAX_CHUNK = 512
 SINK_TOKENS = 4
+CHECKED_LAYERS, CHECKED_VOCABULARY = 4, 2048
 
 LLAMA_2_7B = ModelShape(
     architecture="llama",
@@ -78,10 +79,12 @@ MODELS: Mapping[str, ModelShape] = {
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long a point is measured: about `seconds`, within `least` and `most` repetitions; comparisons in
-    `rounds` of `steps` each; `draws` sampled tokens are compared, three a step."""
+    """How long a point is measured: about `seconds`, within `least` and `most` repetitions, after at least
+    `warm_s` of the same steps; comparisons in `rounds` of `steps` each; `draws` sampled tokens are compared,
+    three a step."""
 
     seconds: float = 1.5
+    warm_s: float = 0.5
     least: int = 10
     most: int = 200
     rounds: int = 8
@@ -119,37 +122,52 @@ TINY_GRID = Grid(
     replay_windows=(1, 2),
     max_chunk=8,
     weight_format="float32",
-    effort=Effort(seconds=0.0, least=2, most=2, rounds=1, steps=2, draws=12),
+    effort=Effort(seconds=0.0, warm_s=0.0, least=2, most=2, rounds=1, steps=2, draws=12),
 )
 
 
+def cut_shape(shape: ModelShape) -> ModelShape:
+    """The widths of `shape`, with so few layers and tokens that a float32 reference fits beside it."""
+    return replace(
+        shape,
+        num_layers=min(CHECKED_LAYERS, shape.num_layers),
+        vocab_size=min(CHECKED_VOCABULARY, shape.vocab_size),
+    )
+
+
 def spec_for(
-    shape: ModelShape, capacity: int, max_chunk: int, weight_format: WeightFormat
+    shape: ModelShape,
+    capacity: int,
+    max_chunk: int,
+    weight_format: WeightFormat,
+    target: Target = "cuda",
 ) -> EngineSpec:
-    """The CUDA engine of a shape. `rewind_tokens` 0: a benchmark drops no tokens."""
+    """The engine of a shape. `rewind_tokens` 0: a benchmark drops no tokens."""
     return EngineSpec(
         shape,
         capacity,
         max_chunk,
         weight_format,
         kv_dtype_for(weight_format),
-        target="cuda",
+        target=target,
         rewind_tokens=0,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One engine to measure: a model by name, its window and number format."""
+    """One engine to measure: a model by name, its window and number format, what it runs on."""
 
     model: str
     capacity: int
     max_chunk: int
     weight_format: WeightFormat
+    target: Target = "cuda"
 
     @property
     def spec(self) -> EngineSpec:
-        return spec_for(MODELS[self.model], self.capacity, self.max_chunk, self.weight_format)
+        shape = MODELS[self.model]
+        return spec_for(shape, self.capacity, self.max_chunk, self.weight_format, self.target)
 
     def described(self) -> dict[str, str | int]:
         return {
@@ -157,6 +175,7 @@ class Point:
             "capacity": self.capacity,
             "max_chunk": self.max_chunk,
             "weight_format": self.weight_format,
+            "target": self.target,
         }
 
 

@@ -1,4 +1,4 @@
-"""The process that holds our engine: `python -m benchmarks.gpu.subject_process`, driven by run.py."""
+"""The process that holds one of our engines: `python -m benchmarks.gpu.subject_process`, driven by run.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.age import measure_age
 from benchmarks.gpu.attention_sweep import measure_attention
-from benchmarks.gpu.correctness import Checks, cut_shape
+from benchmarks.gpu.correctness import Checks
 from benchmarks.gpu.decode import measure_decode
 from benchmarks.gpu.device import card_state, describe_device
 from benchmarks.gpu.driving import decode_plans, step_seconds
@@ -24,23 +24,34 @@ from benchmarks.gpu.random_weights import random_tensors
 from benchmarks.gpu.reference import FloatReference
 from benchmarks.gpu.restore import measure_restore
 from benchmarks.gpu.roofline import Limits
-from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid, Point, spec_for
+from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid, Point, cut_shape, spec_for
 from benchmarks.gpu.subject import Subject
 from benchmarks.gpu.tasks import NEED_LIMITS
+from benchmarks.gpu.tensorrt_subject import TensorRtSubjects
 from benchmarks.gpu.tune import measure_variant
 from engine.cuda_options import CudaOptions
+from engine.protocol import EngineDead
+from engine_build.spec import Target
 
 Section = Callable[..., dict[str, Any]]
 
 
 class SubjectProcess:
-    """What the child answers. Parameters are those of `benchmarks/gpu/tasks.py`."""
+    """What the child answers. Parameters are those of `benchmarks/gpu/tasks.py`.
 
-    def __init__(self, device: str, size: str, out: Path) -> None:
+    `tensorrt` constructs the engines, if it is the TensorRT engine that is measured.
+    """
+
+    def __init__(
+        self, device: str, size: str, out: Path, tensorrt: TensorRtSubjects | None = None
+    ) -> None:
         self._device, self._tiny, self._out = device, size == "tiny", out
         self._grid: Grid = {"full": FULL, "quick": QUICK, "tiny": TINY_GRID}[size]
         self._described = describe_device(device)
-        self._subject = Subject(device, int(self._described["memory_bytes"]))
+        self._tensorrt = tensorrt
+        self._target: Target = "cuda" if tensorrt is None else "tensorrt-rtx"
+        construct = None if tensorrt is None else tensorrt.construct
+        self._subject = Subject(device, int(self._described["memory_bytes"]), construct)
         self._sections: dict[str, Section] = {
             "limits": self._limits,
             "correctness": self._correctness,
@@ -60,9 +71,11 @@ class SubjectProcess:
     def measure(
         self, section: str, model: str, parameters: dict[str, Any], given: dict[str, Any]
     ) -> dict[str, Any]:
-        """One section. `given`: "limits" of the card and "options" of the engine, as far as measured.
+        """One section. `given`: "limits" of the card, "options" of the CUDA engine and "capabilities" of
+        TensorRT's plans, as far as measured.
 
-        The options and the state of the card before and after are part of the result.
+        The options and the state of the card before and after are part of the result, and of a TensorRT
+        engine the plan that was open last.
         """
         limits = given.get("limits")
         self._use(given)
@@ -75,17 +88,25 @@ class SubjectProcess:
             self._subject.close()
             raise
         card = {"before": before, "after": card_state()}
-        return {"overlap": self._subject.options.overlap, **found, "card": card}
+        return {**self._how(), **found, "card": card}
+
+    def _how(self) -> dict[str, Any]:
+        if self._tensorrt is None:
+            return {"overlap": self._subject.options.overlap}
+        return {"plan": dict(self._tensorrt.described)}
 
     def _use(self, given: dict[str, Any]) -> None:
-        self._subject.options = CudaOptions(**given.get("options", {}))
+        if self._tensorrt is None:
+            self._subject.options = CudaOptions(**given.get("options", {}))
+        else:
+            self._tensorrt.capabilities = tuple(given["capabilities"])
 
     def rounds(
         self, model: str, capacity: int, steps: int, given: dict[str, Any]
     ) -> dict[str, Any]:
         """Seconds of `steps` greedy decode steps at batch 1, for a comparison."""
         self._use(given)
-        point = Point(model, capacity, self._grid.max_chunk, self._grid.weight_format)
+        point = self._point(model, capacity, self._grid.weight_format)
         engine = self._subject.open(point.spec, 1)
         return {
             "seconds": step_seconds(engine, decode_plans(point.spec, 1, steps)),
@@ -93,7 +114,7 @@ class SubjectProcess:
         }
 
     def _point(self, model: str, capacity: int, weight_format: Any) -> Point:
-        return Point(model, capacity, self._grid.max_chunk, weight_format)
+        return Point(model, capacity, self._grid.max_chunk, weight_format, self._target)
 
     def _limits(self, model: str) -> dict[str, Any]:
         shapes = {name: MODELS[name] for name in self._grid.models}
@@ -102,12 +123,17 @@ class SubjectProcess:
     def _correctness(self, model: str, capacity: int, chunk: int, format: Any) -> dict[str, Any]:
         torch.set_float32_matmul_precision("highest")
         shape = cut_shape(MODELS[model])
-        spec = spec_for(shape, capacity, chunk, format)
+        spec = spec_for(shape, capacity, chunk, format, self._target)
         dtype = {"float32": torch.float32, "float16": torch.float16}.get(format, torch.bfloat16)
         tensors = random_tensors(shape, self._device, dtype)
         engine = self._subject.open_with(spec, 4, tensors)
         checks = Checks(engine, FloatReference(shape, tensors), self._device)
-        described = {"model": model, "capacity": capacity, "max_chunk": chunk}
+        described = {
+            "model": model,
+            "capacity": capacity,
+            "max_chunk": chunk,
+            "target": self._target,
+        }
         return {
             **described,
             "weight_format": format,
@@ -159,16 +185,18 @@ class SubjectProcess:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--engine", choices=["cuda", "tensorrt"], default="cuda")
     parser.add_argument("--size", choices=["full", "quick", "tiny"], default="full")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    process = SubjectProcess(options.device, options.size, options.out)
+    tensorrt = TensorRtSubjects() if options.engine == "tensorrt" else None
+    process = SubjectProcess(options.device, options.size, options.out, tensorrt)
     handlers: dict[str, Handler] = {
         "device": process.device,
         "measure": process.measure,
         "rounds": process.rounds,
     }
-    serve(handlers, breaks_cuda)
+    serve(handlers, lambda error: breaks_cuda(error) or isinstance(error, EngineDead))
 
 
 if __name__ == "__main__":

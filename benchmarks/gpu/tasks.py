@@ -7,6 +7,7 @@ The first call of a lent machine takes what the bars need, the largest model fir
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from benchmarks.gpu.budget import Task
 from benchmarks.gpu.shapes import Grid
@@ -34,10 +35,11 @@ NEED_LIMITS = ("decode", "prefill", "attention")
 LLAMAS = ("llama-2-7b", "llama-3-8b")
 VERSUS_CAPACITIES = (1024, 512)
 _FIRST, _SECOND, _THIRD = 0, 100, 200
+_TENSORRT = 300
 
 
 def tasks_for(grid: Grid, profile: bool = False) -> list[Task]:
-    """All tasks of a grid, most important first."""
+    """All tasks of a grid, most important first. Those of the TensorRT engine come last."""
     found = [Task("limits", "all", 0, 30)]
     found += _correctness(grid)
     found += _variants(grid)
@@ -49,7 +51,8 @@ def tasks_for(grid: Grid, profile: bool = False) -> list[Task]:
             parameters = {"capacity": _middle(grid), "format": grid.weight_format}
             found.append(Task("profile", model, base + 40, 25, parameters))
     if "tiny" not in grid.models:
-        found.append(Task("tensorrt_sm90", "tiny", 90, 60))
+        found.append(Task("tensorrt_sm90", "all", 45, 60, {"engine": "tensorrt"}))
+        found += _tensorrt(grid)
     return sorted(found, key=lambda task: task.importance)
 
 
@@ -123,3 +126,26 @@ def _measurements(grid: Grid, model: str, base: int) -> Iterator[Task]:
     if model == "llama-3-8b" and "tiny" not in grid.models:
         eight_bit = {"capacity": middle, "format": "float8"}
         yield Task("decode", model, base + 230, 25, eight_bit)
+
+
+def _tensorrt(grid: Grid) -> Iterator[Task]:
+    """The TensorRT engine where it makes sense: no variants, no host tier. A plan is built for each
+    capacity (about half a minute), so tasks of one plan follow each other."""
+
+    def task(section: str, model: str, place: int, estimate_s: float, **more: Any) -> Task:
+        parameters = {"engine": "tensorrt", "format": grid.weight_format, **more}
+        return Task(section, model, _TENSORRT + place, estimate_s, parameters)
+
+    middle, small = _middle(grid), {"capacity": 64, "chunk": 32}
+    ordered = _by_importance(grid)
+    yield task("correctness", ordered[0], 0, 90, **small)
+    yield task("correctness", ordered[0], 1, 90, **{**small, "format": "float32"})
+    for number, model in enumerate(ordered):
+        place = 10 + 10 * number
+        yield task("decode", model, place, 90, capacity=middle)
+        yield task("prefill", model, place + 1, 30, capacity=middle)
+        yield task("age", model, place + 2, 30, capacity=middle)
+    for number, model in enumerate(ordered):
+        for capacity in grid.capacities:
+            if capacity != middle:
+                yield task("decode", model, 50 + number, 90, capacity=capacity)

@@ -6,55 +6,107 @@ Builds a small plan (one matrix product, float16) each way that the library offe
 whether it is valid here, and where it opens runs it and compares with torch. What the library says is
 recorded word for word. Works on any GPU, and says what it can without one.
 
-`probe` does that in a process of its own, so that a crash in the library is an answer like any other.
-Where the library is not installed it is looked for in `SINKSERVE_TENSORRT_RTX`, a folder of unpacked wheels.
+The library runs in a process of its own, which is started again after a crash or a hang: that way is then
+answered by the process's last words, and the others are still tried.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-FOLDER = "SINKSERVE_TENSORRT_RTX"
+from benchmarks.gpu.carried import ensure_library
+from benchmarks.gpu.process import WorkerFailed, WorkerProcess, breaks_cuda, serve
+
 ROWS, WIDTH, OUT = 8, 256, 512
+START_S, WAY_S = 90.0, 45.0
 _STARTED = "benchmarks.gpu.tensorrt_sm90"
 
 
-def probe(timeout_s: float = 120.0) -> dict[str, Any]:
-    """What TensorRT-RTX says and does on this machine's first GPU: {"library", "gpu", "plans", "runs"}.
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to build a plan: compute capabilities as `PlanOptions` has them, and further settings."""
 
-    "plans" has one entry for each way to build; "runs" names those whose result was right. A process
-    that ended otherwise adds "ended", its last words, to what it had found. Never raises.
+    name: str
+    capabilities: tuple[str, ...] = ()
+    compatibility: str = ""
+    version_compatible: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether `engine_build.plan` can build so: the engine can then be measured."""
+        return not self.compatibility and not self.version_compatible
+
+
+def ways(named: Sequence[str]) -> list[Way]:
+    """Every way there is, those that an engine would rather take first. `named`: "8.9", ..."""
+    return [
+        Way("for the GPU that is here", ("current",)),
+        Way("9.0, asked for by number", ("9.0",)),
+        Way("the library's choice"),
+        Way("all that have names since 8.0", tuple(n for n in named if float(n) >= 8.0)),
+        *(Way(f"{name} alone", (name,)) for name in named),
+        Way("hardware compatible, 8.0 and up", (), "AMPERE_PLUS"),
+        Way("hardware compatible, same capability", (), "SAME_COMPUTE_CAPABILITY"),
+        Way("hardware compatible, for 8.0", ("8.0",), "AMPERE_PLUS"),
+        Way("version compatible", (), "", version_compatible=True),
+    ]
+
+
+def probe(timeout_s: float, log: Path) -> dict[str, Any]:
+    """What TensorRT-RTX says and does on this machine's first GPU: {"library", "gpu", "plans", "runs",
+    "capabilities"}.
+
+    "plans" has one entry for each way to build; "runs" names those whose result was right, and "capabilities"
+    is what an engine's plan is to be built for, None if nothing runs. Raises WorkerFailed where the library
+    cannot be loaded.
     """
+    end = time.monotonic() + timeout_s
+    child: WorkerProcess | None = None
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", _STARTED],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-        out, ended = done.stdout, f"exit status {done.returncode}: {done.stderr[-1000:]}"
-        failed = done.returncode != 0
-    except subprocess.TimeoutExpired as error:
-        out, ended, failed = _text(error.stdout), f"no end after {timeout_s:g} s", True
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    answer: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return {**answer, "ended": ended} if failed else answer
+        child = WorkerProcess(_STARTED, ["--serve"], log)
+        answer: dict[str, Any] = {**child.call("library", min(START_S, timeout_s))}
+        answer |= {"plans": [], "runs": [], "capabilities": None}
+        for way in ways(answer["library"]["names"]):
+            entry: dict[str, Any] = {"way": way.name, "capabilities": list(way.capabilities)}
+            left = end - time.monotonic()
+            if left < 1.0:
+                answer["plans"].append({**entry, "ended": "no time left to try it"})
+                continue
+            if not child.alive:
+                child.kill()
+                child = WorkerProcess(_STARTED, ["--serve"], log)
+            try:
+                entry |= child.call("attempt", min(WAY_S, left), way=dataclasses.asdict(way))
+            except WorkerFailed as failure:
+                entry["ended"] = str(failure)
+            answer["plans"].append(entry)
+            if entry.get("right"):
+                answer["runs"].append(way.name)
+                if answer["capabilities"] is None and way.plain:
+                    answer["capabilities"] = list(way.capabilities)
+        return answer
+    finally:
+        if child is not None:
+            child.kill()
 
 
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+class _Prober:
+    """The child: has the library, keeps what it says."""
 
+    def __init__(self) -> None:
+        self._origin = ensure_library()
+        import tensorrt_rtx as trt
 
-class _Log:
-    """Makes the library's logger and keeps what it says."""
-
-    def __init__(self, trt: Any) -> None:
         said: list[str] = []
 
         class Messages(trt.ILogger):  # type: ignore[misc]
@@ -62,41 +114,91 @@ class _Log:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, text: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR, trt.ILogger.WARNING):
                     said.append(text)
 
-        self.logger = Messages()
+        self._trt: Any = trt
+        self._logger = Messages()
         self._said = said
 
-    def take(self) -> list[str]:
+    def library(self) -> dict[str, Any]:
+        members = self._trt.ComputeCapability.__members__
+        numbers = sorted(int(name[2:]) for name in members if name.startswith("SM"))
+        return {
+            "library": {
+                "version": self._trt.__version__,
+                "from": self._origin,
+                "names": [f"{number // 10}.{number % 10}" for number in numbers],
+            },
+            "gpu": _gpu(),
+        }
+
+    def attempt(self, way: dict[str, Any]) -> dict[str, Any]:
+        """Build one way, and what becomes of the plan; never raises."""
+        given = Way(**{**way, "capabilities": tuple(way["capabilities"])})
+        entry: dict[str, Any] = {"plan_bytes": None}
+        self._take()
+        try:
+            plan = self._build(given)
+            if plan is not None:
+                entry["plan_bytes"] = len(plan)
+                self._open(plan, entry)
+        except Exception as error:
+            entry["raised"] = f"{type(error).__name__}: {error}"
+        return {**entry, "said": self._take()}
+
+    def _build(self, way: Way) -> bytes | None:
+        """x [1..8, 256] times the transpose of w [512, 256]."""
+        trt = self._trt
+        builder = trt.Builder(self._logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        x = network.add_input("x", trt.float16, (-1, WIDTH))
+        w = network.add_input("w", trt.float16, (OUT, WIDTH))
+        kinds = trt.MatrixOperation
+        product = network.add_matrix_multiply(x, kinds.NONE, w, kinds.TRANSPOSE).get_output(0)
+        product.name = "y"
+        network.mark_output(product)
+        config = builder.create_builder_config()
+        ranges = builder.create_optimization_profile()
+        ranges.set_shape("x", (1, WIDTH), (ROWS, WIDTH), (ROWS, WIDTH))
+        config.add_optimization_profile(ranges)
+        config.num_compute_capabilities = len(way.capabilities)
+        for number, name in enumerate(way.capabilities):
+            if not config.set_compute_capability(self._capability(name), number):
+                return None
+        if way.compatibility:
+            level = trt.HardwareCompatibilityLevel.__members__[way.compatibility]
+            config.hardware_compatibility_level = level
+        if way.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+            config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # which the wheel does not have
+        plan = builder.build_serialized_network(network, config)
+        return None if plan is None else bytes(plan)
+
+    def _capability(self, name: str) -> Any:
+        if name == "current":
+            return self._trt.ComputeCapability.CURRENT
+        return self._trt.ComputeCapability(round(10 * float(name)))
+
+    def _open(self, plan: bytes, entry: dict[str, Any]) -> None:
+        trt = self._trt
+        runtime = trt.Runtime(self._logger)
+        validity, diagnostics = runtime.get_engine_validity(plan)
+        entry["valid"] = str(validity)
+        reasons = trt.EngineInvalidityDiagnostics.__members__
+        entry["diagnostics"] = [n for n, bit in reasons.items() if int(diagnostics) & int(bit)]
+        engine = runtime.deserialize_cuda_engine(plan)
+        entry["opens"] = engine is not None
+        if engine is not None and _gpu()["name"] is not None:
+            entry.update(_run(engine))
+
+    def _take(self) -> list[str]:
         """What was said since the last call."""
         taken, self._said[:] = list(self._said), []
         return taken
 
 
-def _build(trt: Any, log: _Log, capability: Any) -> tuple[bytes | None, list[str]]:
-    """x [1..8, 256] times the transpose of w [512, 256], for one capability or the library's choice."""
-    builder = trt.Builder(log.logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    x = network.add_input("x", trt.float16, (-1, WIDTH))
-    w = network.add_input("w", trt.float16, (OUT, WIDTH))
-    kinds = trt.MatrixOperation
-    product = network.add_matrix_multiply(x, kinds.NONE, w, kinds.TRANSPOSE).get_output(0)
-    product.name = "y"
-    network.mark_output(product)
-    config = builder.create_builder_config()
-    ranges = builder.create_optimization_profile()
-    ranges.set_shape("x", (1, WIDTH), (ROWS, WIDTH), (ROWS, WIDTH))
-    config.add_optimization_profile(ranges)
-    if capability is not None:
-        config.num_compute_capabilities = 1
-        if not config.set_compute_capability(capability, 0):
-            return None, log.take()
-    plan = builder.build_serialized_network(network, config)
-    return (None if plan is None else bytes(plan)), log.take()
-
-
-def _run(trt: Any, engine: Any) -> dict[str, Any]:
+def _run(engine: Any) -> dict[str, Any]:
     """Run an open plan; the largest difference from torch's float32 product."""
     import torch
 
@@ -132,57 +234,23 @@ def _gpu() -> dict[str, Any]:
     return {"name": torch.cuda.get_device_name(0), "compute_capability": f"{major}.{minor}"}
 
 
-def _try(trt: Any, log: _Log, way: str, capability: Any, gpu: dict[str, Any]) -> dict[str, Any]:
-    """One way to build, and what becomes of its plan."""
-    entry: dict[str, Any] = {"built_for": way, "plan_bytes": None}
-    try:
-        plan, said = _build(trt, log, capability)
-        if plan is None:
-            return {**entry, "said": said}
-        entry["plan_bytes"] = len(plan)
-        runtime = trt.Runtime(log.logger)
-        validity, diagnostics = runtime.get_engine_validity(plan)
-        entry["valid"] = str(validity)
-        reasons = trt.EngineInvalidityDiagnostics.__members__
-        entry["diagnostics"] = [n for n, bit in reasons.items() if int(diagnostics) & int(bit)]
-        engine = runtime.deserialize_cuda_engine(plan)
-        entry["opens"] = engine is not None
-        if engine is not None and gpu["name"] is not None:
-            entry.update(_run(trt, engine))
-    except Exception as error:
-        entry["raised"] = f"{type(error).__name__}: {error}"
-    return {**entry, "said": log.take()}
-
-
-def main() -> None:
-    """Prints what was found so far after each step: the last line counts."""
-    answer: dict[str, Any] = {"library": None, "gpu": _gpu(), "plans": [], "runs": []}
-    if os.environ.get(FOLDER):
-        sys.path.insert(0, os.environ[FOLDER])
-    try:
-        import tensorrt_rtx as trt
-    except ImportError as error:
-        print(json.dumps({**answer, "why": str(error)}), flush=True)
-        return
-    names = trt.ComputeCapability.__members__
-    answer["library"] = {
-        "version": trt.__version__,
-        "names": [name for name in names if name.startswith("SM")],
-    }
-    log = _Log(trt)
-    ways: dict[str, Any] = {
-        "9.0, asked for by number": trt.ComputeCapability(90),
-        "the library's choice": None,
-        "the GPU that is here": names["CURRENT"],
-        **{name: names[name] for name in answer["library"]["names"]},
-    }
-    for way, capability in ways.items():
-        entry = _try(trt, log, way, capability, answer["gpu"])
-        answer["plans"].append(entry)
-        if entry.get("right"):
-            answer["runs"].append(way)
-        print(json.dumps(answer), flush=True)
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--serve", action="store_true", help="be the process with the library")
+    if parser.parse_args().serve:
+        prober = _Prober()
+        serve({"library": prober.library, "attempt": prober.attempt}, breaks_cuda)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            print(json.dumps(probe(300.0, Path(folder) / "log"), indent=2))
+        except WorkerFailed as failure:
+            print(failure, file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

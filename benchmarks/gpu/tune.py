@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.gpu.driving import decode_plans, step_seconds
+from benchmarks.gpu.driving import decode_plans, step_seconds, warm_up
 from benchmarks.gpu.roofline import largest_batch
 from benchmarks.gpu.shapes import Effort, Point
 from benchmarks.gpu.subject import Subject
@@ -30,7 +30,7 @@ def measure_variant(
     engine = subject.open(spec, slots)
     found = []
     for batch in (b for b in batches if b <= slots):
-        step_seconds(engine, decode_plans(spec, batch, effort.least))
+        warm_up(engine, decode_plans(spec, batch, effort.least), effort.warm_s)
         seconds = step_seconds(engine, decode_plans(spec, batch, 2 * effort.steps))
         found.append({"batch": batch, **spread(seconds)})
     choices: Mapping[str, str] = getattr(engine, "choices", {})

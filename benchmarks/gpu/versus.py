@@ -30,6 +30,9 @@ def measure_versus(
     """
     end = time.monotonic() + timeout_s
     name, capacity = task.parameters["peer"], task.parameters["capacity"]
+    # First, since what is open may fill the card, and the peer needs room.
+    asked = {"model": task.model, "capacity": capacity, "steps": effort.steps, "given": given}
+    subject.call("rounds", end - time.monotonic(), **asked)
     opened = peer.call(
         "open", end - time.monotonic(), peer=name, model=task.model, capacity=capacity
     )
@@ -38,7 +41,6 @@ def measure_versus(
     paired: list[tuple[float, float]] = []
     described: dict[str, Any] = {}
     for number in range(effort.rounds + 1):
-        asked = {"model": task.model, "capacity": capacity, "steps": effort.steps, "given": given}
         mine = subject.call("rounds", end - time.monotonic(), **asked)
         steps = min(effort.steps, RECOMPUTED) if name == "recompute" else effort.steps
         other = peer.call("decode", end - time.monotonic(), steps=steps)

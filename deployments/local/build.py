@@ -10,7 +10,7 @@ from rich.markup import escape
 from deployments.local.progress import Steps
 from engine.kernels.compile import KernelError, kernel_library
 from engine_build.build import BuildOptions, build_engine
-from engine_build.demo import sinkserve_home
+from engine_build.files import sinkserve_home
 from engine_build.manifest import ManifestError
 from engine_build.spec import SpecError
 

@@ -16,13 +16,14 @@ import triton.language as tl
 WORD = 16
 """Tiles of `tl.dot` are at least this wide."""
 
-_EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
+EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels run in the interpreter, which knows no assembler."""
 
 
 @triton.jit
 def dot(a, b, acc):
     """acc + a @ b. The interpreter takes the bits of bfloat16 for integers, so it gets float32."""
-    if _EMULATED:
+    if EMULATED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 

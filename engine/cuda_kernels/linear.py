@@ -20,8 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.cuda_kernels.common import WORD, dot, launch_options, power_of_two
 
-_LINE_BYTES = 128
-_PREFETCHED_LINES = 1024
+LINE_BYTES = 128
+PREFETCHED_LINES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Norm:
 
 
 @triton.jit
-def _finish(acc, scale, bias, n, wanted, scaled: tl.constexpr, biased: tl.constexpr):
+def finish(acc, scale, bias, n, wanted, scaled: tl.constexpr, biased: tl.constexpr):
     """Scale and bias of outputs n, after the norm."""
     if scaled:
         acc *= tl.load(scale + n, mask=wanted, other=0.0)
@@ -75,7 +75,7 @@ def _finish(acc, scale, bias, n, wanted, scaled: tl.constexpr, biased: tl.conste
 
 
 @triton.jit
-def _prefetch(rows, width, lines: tl.constexpr, line: tl.constexpr):
+def prefetch(rows, width, lines: tl.constexpr, line: tl.constexpr):
     """Ask for the first `lines` cache lines of these rows, `line` elements each, to be brought to L2."""
     at = tl.minimum(tl.arange(0, lines) * line, width - 1)
     tl.inline_asm_elementwise(
@@ -127,9 +127,9 @@ def _vector_linear(
     # Weights do not depend on the kernel before, so they are fetched while it ends; activations do.
     if overlap:
         gdc_launch_dependents()
-        _prefetch(row, num_inputs, lines, line)
+        prefetch(row, num_inputs, lines, line)
         if gated:
-            _prefetch(row2, num_inputs, lines, line)
+            prefetch(row2, num_inputs, lines, line)
         gdc_wait()
     for start in range(0, num_inputs, block_k):
         left = start + k < num_inputs
@@ -159,10 +159,10 @@ def _vector_linear(
     factor = 1.0
     if normed:
         factor = tl.rsqrt(tl.sum(squares, 0) / num_inputs + epsilon)
-    total = _finish(tl.sum(acc, 1) * factor, scale, bias, n, wanted, scaled, biased)
+    total = finish(tl.sum(acc, 1) * factor, scale, bias, n, wanted, scaled, biased)
     if gated:
         up = tl.sum(acc2, 1) * factor
-        up = _finish(up, scale, bias, num_outputs + n, wanted, scaled, biased)
+        up = finish(up, scale, bias, num_outputs + n, wanted, scaled, biased)
         total = total / (1.0 + tl.exp(-total)) * up
     if accumulate:
         total += tl.load(out + n, mask=wanted, other=0.0).to(tl.float32)
@@ -206,9 +206,9 @@ def _tile_linear(
     acc2 = tl.zeros((block_n, block_m), tl.float32)
     if overlap:
         gdc_launch_dependents()
-        _prefetch(row, num_inputs, lines, line)
+        prefetch(row, num_inputs, lines, line)
         if gated:
-            _prefetch(row2, num_inputs, lines, line)
+            prefetch(row2, num_inputs, lines, line)
         gdc_wait()
     for start in range(0, num_inputs, block_k):
         left = start + k < num_inputs
@@ -230,9 +230,9 @@ def _tile_linear(
         factor = tl.rsqrt(squares / num_inputs + epsilon)[:, None]
         total, up = total * factor, up * factor
     columns, real = n[None, :], wanted[None, :]
-    total = _finish(total, scale, bias, columns, real, scaled, biased)
+    total = finish(total, scale, bias, columns, real, scaled, biased)
     if gated:
-        up = _finish(up, scale, bias, num_outputs + columns, real, scaled, biased)
+        up = finish(up, scale, bias, num_outputs + columns, real, scaled, biased)
         total = total / (1.0 + tl.exp(-total)) * up
     places = out + m.to(tl.int64)[:, None] * num_outputs + columns
     shown = live[:, None] & real
@@ -243,13 +243,13 @@ def _tile_linear(
 
 def _line(weights: Weights) -> int:
     """Elements of a cache line."""
-    return _LINE_BYTES // int(weights.matrix.element_size())
+    return LINE_BYTES // int(weights.matrix.element_size())
 
 
 def _lines(weights: Weights, outputs: int) -> int:
     """Cache lines of each row to prefetch: all of it, if that is a few for each thread."""
     whole = power_of_two(triton.cdiv(weights.num_inputs, _line(weights)))
-    return min(whole, max(1, _PREFETCHED_LINES // power_of_two(outputs)))
+    return min(whole, max(1, PREFETCHED_LINES // power_of_two(outputs)))
 
 
 def vector_linear(
