@@ -86,11 +86,12 @@ def ray_cluster() -> Iterator[int]:
 
 @dataclass
 class RayService:
-    """The application as tests see it. `env_vars` are those of its processes."""
+    """The application as tests see it. `env_vars` are those of its processes, which start `within_s`."""
 
     port: int
     fields: dict[str, Any]
     env_vars: dict[str, str] = field(default_factory=dict)
+    within_s: float = READY_WITHIN_S
 
     @property
     def url(self) -> str:
@@ -101,6 +102,7 @@ class RayService:
 
     def deploy(self, num_replicas: int = 2, **user_config: Any) -> None:
         """What `serve deploy` does; returns when the application is as wanted."""
+        from ray import serve
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -118,8 +120,15 @@ class RayService:
         }
         schema = ServeDeploySchema.model_validate({"applications": [application]})
         serve_client: Any = _get_global_client()
-        serve_client.deploy_apps(schema, _blocking=True)
-        self.wait(lambda: len(self.replicas()) == num_replicas)
+        serve_client.deploy_apps(schema)
+
+        def is_running() -> bool:
+            app = serve.status().applications[APPLICATION]
+            assert app.status.value != "DEPLOY_FAILED", app
+            return app.status.value == "RUNNING"
+
+        self.wait(is_running, self.within_s)
+        self.wait(lambda: len(self.replicas()) == num_replicas, self.within_s)
 
     def stop(self) -> None:
         from ray import serve

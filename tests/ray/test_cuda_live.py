@@ -48,7 +48,7 @@ def service(
     }
     for fixed in ("capacity", "max_chunk"):
         del fields[fixed]
-    service = RayService(toy_service.port, fields, INTERPRET)
+    service = RayService(toy_service.port, fields, INTERPRET, within_s=400.0)
     service.deploy()
     try:
         yield service
