@@ -234,7 +234,7 @@ def test_nan_passes_no_bar() -> None:
             if name in result:
                 result[name] = float("nan")
     failed = [bar for bar in evaluate(document["sections"]) if not bar.passed]
-    assert len(failed) == 4
+    assert len(failed) == 5
 
 
 def test_results_are_saved_whole_and_resumed_on_the_same_card_only(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from safetensors import safe_open
 from engine.onnx_engine import OnnxEngine
 from engine.protocol import EngineDead, Row, StepPlan
 from engine.rotary import Rotary
-from engine_build.engine_names import GRAPH_FILE, WEIGHTS_FILE
+from engine_build.engine_names import GRAPH_FILE, LEVELS, SCALES, WEIGHTS_FILE
 from engine_build.graph import export_graph
-from engine_build.lowering_cpu import LEVELS, SCALES
 from engine_build.quantize import BLOCK, dequantise, quantise, stored_shapes
 from engine_build.spec import EngineSpec, RopeSpec, SpecError, WeightFormat, kv_dtype_for
 from engine_build.weights import merged_weights
