@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import carried, tensorrt_sm90
+from benchmarks.gpu.budget import Task
 from benchmarks.gpu.carried import LIBS, NotCarried, bindings_archive, this_python, unpacked
 from benchmarks.gpu.options import plan_capabilities
 from benchmarks.gpu.pack_tensorrt import Member, graph_members, pack, pinned_version, wheel_members
 from benchmarks.gpu.process import WorkerFailed
-from benchmarks.gpu.run import _capabilities_in
+from benchmarks.gpu.results_file import Results
+from benchmarks.gpu.run import Run, _capabilities_in
 from benchmarks.gpu.shapes import MODELS, Grid, spec_for
 from benchmarks.gpu.tensorrt_sm90 import Way, probe, ways
 
@@ -166,3 +168,31 @@ def test_the_library_itself_is_asked_without_a_gpu(tmp_path: Path) -> None:
     refused = by_name["9.0, asked for by number"]
     assert refused["plan_bytes"] is None
     assert "not supported" in refused["said"][0]
+
+
+def test_the_parent_has_a_plan_built_in_a_process_that_then_wants_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way of a task but its last step, with the library itself: what it says comes back."""
+    pytest.importorskip("tensorrt_rtx")
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU it would be measured")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    results = Results.new(tmp_path, {"name": "cpu", "l2_bytes": 1 << 20})
+    task = Task("age", "tiny", 0, 60, {"engine": "tensorrt", "capacity": 16, "format": "float32"})
+    run = Run("cpu", "tiny", tmp_path)
+    try:
+        with pytest.raises(WorkerFailed, match="needs the section tensorrt_sm90"):
+            run.execute(task, results, 120.0)
+        probed = results.document["sections"]
+        probed["tensorrt_sm90/all"] = {"capabilities": []}
+        with pytest.raises(WorkerFailed, match="tensorrt-rtx needs a GPU that torch can use"):
+            run.execute(task, results, 300.0)
+        assert len(list(tmp_path.rglob("*-default/decoder.plan"))) == 1
+        probed["tensorrt_sm90/all"] = {"capabilities": ["current"]}
+        with pytest.raises(WorkerFailed, match=r"built no plan.*generateForCurrent"):
+            run.execute(task, results, 300.0)
+    finally:
+        run.close()
