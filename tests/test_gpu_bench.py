@@ -17,7 +17,7 @@ from benchmarks.gpu.bars import evaluate
 from benchmarks.gpu.budget import MOST_PATIENCE_S, SAVING_S, Budget, Task, fitting, in_order
 from benchmarks.gpu.options import chosen_options
 from benchmarks.gpu.process import WorkerFailed, WorkerProcess, breaks_cuda, describe
-from benchmarks.gpu.results_file import Results, WrongResults
+from benchmarks.gpu.results_file import Results, WrongResults, read_document
 from benchmarks.gpu.roofline import (
     Limits,
     decode_work,
@@ -28,7 +28,7 @@ from benchmarks.gpu.roofline import (
     resident_weight_bytes,
     weight_bytes,
 )
-from benchmarks.gpu.run import main
+from benchmarks.gpu.run import Run, main
 from benchmarks.gpu.shapes import (
     BATCHES,
     FULL,
@@ -237,25 +237,53 @@ def test_nan_passes_no_bar() -> None:
     assert len(failed) == 5
 
 
-def test_results_are_saved_whole_and_resumed_on_the_same_card_only(tmp_path: Path) -> None:
+def test_results_are_saved_whole_and_resumed(tmp_path: Path) -> None:
     device = {"name": "Imaginary Card", "l2_bytes": 1}
     results = Results.new(tmp_path, device)
     results.document["sections"]["age/x"] = {"spread": 0.0}
     results.document["failed"]["decode/x"] = "it broke"
     results.save()
-    with pytest.raises(WrongResults, match="--resume"):
-        Results.new(tmp_path, device)
-    again = Results.resumed(results.path, tmp_path / "other", device, ["--only", "age"])
+    again = Results.resumed(
+        read_document(results.path), tmp_path / "other" / "x.json", device, ["--only", "age"]
+    )
     assert again.done == {"age/x"}
     assert again.failed_before == {"decode/x"}
-    assert [call["arguments"] for call in again.document["calls"]] == [[], ["--only", "age"]]
     assert again.document["failed"] == {}
-    assert again.path.parent == tmp_path / "other"
-    with pytest.raises(WrongResults, match="Another Card"):
-        Results.resumed(results.path, tmp_path, {"name": "Another Card"})
+    assert [call["arguments"] for call in again.document["calls"]] == [[], ["--only", "age"]]
+    again.save()
+    assert (tmp_path / "other" / "x.json").is_file()
+    Results.new(tmp_path, device).save()
+    (kept,) = tmp_path.glob("before-*.json")
+    assert read_document(kept)["sections"] == {"age/x": {"spread": 0.0}}
     results.path.write_text("{")
     with pytest.raises(WrongResults, match="--resume"):
-        Results.resumed(results.path, tmp_path, device)
+        read_document(results.path)
+    results.path.write_text("{}")
+    with pytest.raises(WrongResults, match="no result of this version"):
+        read_document(results.path)
+
+
+def test_a_file_that_cannot_be_resumed_costs_no_start_of_a_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path), "--resume", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.log"))
+
+
+def test_another_card_begins_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine that is lent next may have another card: its time is not spent on refusing."""
+    monkeypatch.setattr(Run, "device", lambda run, engine: {"name": "Another Card", "l2_bytes": 1})
+    first = Results.new(tmp_path, {"name": "Imaginary Card", "l2_bytes": 1})
+    first.document["sections"]["age/x"] = {"spread": 0.0}
+    first.save()
+    out = ["--out", str(tmp_path / "out"), "--budget-s", "1"]
+    assert main([*out, "--resume", str(first.path)]) == 0
+    assert "begun anew" in capsys.readouterr().err
+    (path,) = (tmp_path / "out").glob("gpu-another-card-*.json")
+    assert read_document(path)["sections"] == {}
 
 
 def test_the_page_says_that_nothing_was_measured_on_a_gpu(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from benchmarks.gpu.bars import evaluate
 from benchmarks.gpu.budget import Budget, Task, fitting, in_order
 from benchmarks.gpu.options import chosen_options, plan_capabilities
 from benchmarks.gpu.process import WorkerFailed, WorkerProcess
-from benchmarks.gpu.results_file import Results, WrongResults
+from benchmarks.gpu.results_file import Results, WrongResults, card_of, read_document
 from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid
 from benchmarks.gpu.tasks import NEED_LIMITS, SECTIONS, tasks_for
 from benchmarks.gpu.tensorrt_sm90 import probe
@@ -56,9 +56,9 @@ class Run:
         self._subject: WorkerProcess | None = None
         self._engine = ""
 
-    def device(self) -> dict[str, Any]:
-        """What the card is. Raises WorkerFailed where there is none."""
-        return self._started_subject("cuda").call("device", START_S)
+    def device(self, engine: str) -> dict[str, Any]:
+        """What the card is, by the process of `engine`. Raises WorkerFailed where there is none."""
+        return self._started_subject(engine).call("device", START_S)
 
     def execute(self, task: Task, results: Results, timeout_s: float) -> dict[str, Any]:
         """One task's result. Raises WorkerFailed."""
@@ -73,7 +73,7 @@ class Run:
         subject = self._started_subject(task.engine)
         if task.section == "versus":
             module = "benchmarks.gpu.peers"
-            log = self._out / f"peer-{task.parameters['peer']}.log"
+            log = self._out / "peers.log"
             with WorkerProcess(module, ["--device", self._device], log) as peer:
                 return measure_versus(
                     subject, peer, task, timeout_s, given, GRIDS[self._size].effort
@@ -197,11 +197,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     run = Run(options.device, size, options.out)
     try:
-        device = run.device()
-        if options.resume is None:
+        # Before the card is waited for: a wrong file must not cost its time.
+        earlier = None if options.resume is None else read_document(options.resume)
+        device = run.device(options.engine or "cuda")
+        if earlier is not None and card_of(earlier) != device["name"]:
+            was = card_of(earlier)
+            print(
+                f"{options.resume} is of {was}, this is {device['name']}: begun anew",
+                file=sys.stderr,
+            )
+            earlier = None
+        if earlier is None:
             results = Results.new(options.out, device, given)
         else:
-            results = Results.resumed(options.resume, options.out, device, given)
+            path = options.out / options.resume.name
+            results = Results.resumed(earlier, path, device, given)
         again = {key for key in results.done if key.split("/", 1)[0] in options.again}
         left = in_order(tasks, options.only, results.done - again, results.failed_before)
         measure_all(run, results, left, budget)
