@@ -19,7 +19,7 @@ from benchmarks.gpu.options import plan_capabilities
 from benchmarks.gpu.pack_tensorrt import Member, graph_members, pack, pinned_version, wheel_members
 from benchmarks.gpu.process import WorkerFailed
 from benchmarks.gpu.results_file import Results
-from benchmarks.gpu.run import Run, _capabilities_in
+from benchmarks.gpu.run import Run, _capabilities_in, _check_runnable
 from benchmarks.gpu.shapes import MODELS, Grid, spec_for
 from benchmarks.gpu.tensorrt_sm90 import Way, probe, ways
 
@@ -136,6 +136,18 @@ def test_a_way_that_only_the_probe_knows_is_none_for_an_engine() -> None:
         _capabilities_in({"tensorrt_sm90/all": {"capabilities": None}})
     assert failure.value.absent
     assert _capabilities_in({"tensorrt_sm90/all": {"capabilities": ["current"]}}) == ["current"]
+
+
+def test_an_engine_that_could_not_be_checked_costs_no_more_time() -> None:
+    decode, check = (
+        Task(s, "tiny", 0, 1, {"engine": "tensorrt"}) for s in ("decode", "correctness")
+    )
+    failed = {"correctness/tiny/engine=tensorrt/capacity=64": "it crashed"}
+    with pytest.raises(WorkerFailed, match=r"see correctness/tiny.*--only decode") as failure:
+        _check_runnable(decode, failed)
+    assert failure.value.absent
+    _check_runnable(check, failed)
+    _check_runnable(decode, {"correctness/tiny/capacity=64": "the CUDA engine's"})
 
 
 def test_a_library_that_is_not_there_is_absent_and_no_failure(

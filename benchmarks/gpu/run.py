@@ -28,7 +28,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Run:
         given: dict[str, Any] = {"limits": _limits_in(results)}
         sections = results.document["sections"]
         if task.engine == "tensorrt":
+            _check_runnable(task, results.document["failed"])
             given["capabilities"] = _capabilities_in(sections)
         else:
             given["options"] = chosen_options(sections, task.model)
@@ -117,6 +118,17 @@ def _limits_in(results: Results) -> dict[str, Any] | None:
         "matmul": measured["matmul_operations_per_s"],
         "l2_bytes": results.document["device"]["l2_bytes"],
     }
+
+
+def _check_runnable(task: Task, failed: Mapping[str, str]) -> None:
+    """Raises WorkerFailed, as `absent`, if TensorRT's engine could not even be checked in this call: what
+    crashed or hung once would do so in each of its sections."""
+    if task.section == "correctness":
+        return
+    for key in failed:
+        if key.startswith("correctness/") and "/engine=tensorrt/" in key:
+            problem = f"TensorRT's engine could not be checked: see {key}"
+            raise WorkerFailed(f"{problem} (--only {task.section} tries it)", True, absent=True)
 
 
 def _capabilities_in(sections: dict[str, Any]) -> list[str]:
