@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+from engine_build import plan
 from engine_build.build import BuildOptions, build_engine
 from engine_build.engine_names import GRAPH_FILE, WEIGHTS_FILE
 from engine_build.graph import export_graph
@@ -116,10 +119,10 @@ def test_a_plan_may_be_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("rtx")
 def test_hopper_is_refused_by_name(tmp_path: Path) -> None:
-    """TensorRT-RTX 1.7.1 has no name for 9.0; `benchmarks.gpu.tensorrt_sm90` asks for it by number."""
+    """TensorRT-RTX 1.7.1 has no name for 9.0; asked for it by number, it answers in its own words."""
     spec = spec_of()
     options = PlanOptions(compute_capabilities=("9.0",))
-    with pytest.raises(SpecError, match=r"does not build for compute capability 9.0.*8.9, 12.0"):
+    with pytest.raises(SpecError, match=r"capability 9.0 \(.*not supported.*8.9, 12.0.*current"):
         build_plan(
             spec,
             exported(spec, tmp_path),
@@ -127,6 +130,37 @@ def test_hopper_is_refused_by_name(tmp_path: Path) -> None:
             lambda fraction: None,
             options,
         )
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("capability", ["nine", "9", "9.x", ""])
+def test_what_is_no_compute_capability_is_refused(capability: str, tmp_path: Path) -> None:
+    spec = spec_of()
+    options = PlanOptions(compute_capabilities=(capability,))
+    graph = exported(spec, tmp_path)
+    with pytest.raises(SpecError, match="does not build for compute capability"):
+        build_plan(spec, graph, tmp_path / PLAN_FILE, lambda fraction: None, options)
+
+
+class _Seen(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("weight_format", ["float32", "bfloat16"])
+def test_float32_is_not_rounded_to_tf32(
+    weight_format: WeightFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's default rounds factors of float32 products to 10 bits."""
+
+    def look(trt: Any, target: Target, config: Any, wanted: Sequence[str]) -> None:
+        raise _Seen(config.get_flag(trt.BuilderFlag.TF32))
+
+    monkeypatch.setattr(plan, "choose_capabilities", look)
+    spec = spec_of(weight_format)
+    with pytest.raises(_Seen) as seen:
+        build_plan(spec, exported(spec, tmp_path), tmp_path / PLAN_FILE, lambda fraction: None)
+    assert seen.value.args[0] is (weight_format != "float32")
 
 
 @pytest.mark.usefixtures("rtx")
