@@ -52,7 +52,8 @@ class ThreadGroup:
         values.copy_(torch.stack(every).sum(0))
 
     def least(self, count: int) -> int:
-        return min(self._meeting.exchange(self.rank, count))
+        counts: list[int] = self._meeting.exchange(self.rank, count)
+        return min(counts)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._meeting.exchange(self.rank, values.clone()), dim=1)

@@ -11,38 +11,30 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from cluster.memory_store import MemoryStore
 from deployments.app import replica_options
-from deployments.chat_service import ChatService
-from deployments.cli import app
-from deployments.config import ConfigError, Tunables, load_config
-from deployments.conversation_records import FrontConfig
-from deployments.engine_files import EngineFiles, locate_engine, start_engine, warm_up
+from deployments.config import ConfigError, load_config
+from deployments.engine_files import locate_engine
 from deployments.local.accelerators import interpreter_checks
-from deployments.openai_sampling import RequestLimits
-from deployments.turn_runner import ReplicaParts, TurnRunner
 from engine.cuda_options import INTERPRETER
 from engine.float_reference import FloatDecoder, Passage
-from engine.loop import EngineLoop
 from engine.open_engine import EngineOptions, open_engine
-from engine.protocol import Engine
+from engine.protocol import Engine, num_host_slots
 from engine.verify_figures import TOLERANCES, Tally
 from engine_build.manifest import load_engine_spec, load_manifest
 from engine_build.spec import TARGET_FORMATS, WeightFormat
 from engine_build.stored_weights import stored_weights
 from tests.cuda_fixtures import torch
-from tests.cuda_product import CAPACITY, MAX_CHUNK, build_calm, doctored, write_calm_model
 from tests.engine_fixtures import feed, random_tokens, row_for, window_of
-from tests.fake_turns import HASTE
-from tests.test_front_to_engine import OneReplica
+from tests.product import CAPACITY, MAX_CHUNK, build_calm, doctored, write_calm_model
+from tests.product_service import QUESTIONS, Service, start, verify
+
+from engine.cuda_engine import CudaEngine  # isort: skip
 
 LENGTH, SINKS = 60, 4
 TENANT = "default"
@@ -110,6 +102,17 @@ def test_so_does_one_of_every_family(folder: Path, family: str) -> None:
     engine.close()
 
 
+def test_what_the_service_is_told_reaches_the_engine(folder: Path) -> None:
+    engine_dir = build_calm(folder)
+    slot_bytes = load_engine_spec(engine_dir, 24).slot_bytes
+    options = EngineOptions(5 * slot_bytes, 1, 24, 3, host_memory_bytes=2 * slot_bytes)
+    engine = open_engine(engine_dir, options)
+    assert (engine.spec.capacity, engine.max_resident, num_host_slots(engine)) == (24, 5, 2)
+    assert isinstance(engine, CudaEngine)
+    assert engine._options.max_running == 3
+    engine.close()
+
+
 # Verify and refuse.
 
 
@@ -126,20 +129,9 @@ def verified_dir(folder: Path) -> Iterator[Path]:
     (engine_dir / "verify.json").unlink()
 
 
-def verify(engine_dir: Path, *more: str) -> Any:
-    return CliRunner().invoke(app, ["verify", str(engine_dir), "--tokens", "128", *more])
-
-
 @pytest.fixture
 def copy(verified_dir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(verified_dir, tmp_path / "copy")
-
-
-def start(engine_dir: Path, **fields: Any) -> tuple[EngineFiles, Engine]:
-    """As a replica does. Raises ConfigError."""
-    config = load_config({"model": str(engine_dir), "memory_budget_bytes": 1 << 20, **fields})
-    files = locate_engine(config)
-    return files, start_engine(config, files, threads=1)
 
 
 def test_it_serves_only_what_was_verified_and_as_it_was(
@@ -223,50 +215,6 @@ def test_verify_passes_every_format(folder: Path, weight_format: WeightFormat) -
 
 
 # Serve.
-
-
-@dataclass
-class Service:
-    """The front, a replica and a store in this process, and what a conversation has been told."""
-
-    engine_dir: Path
-    replies: list[str] = field(default_factory=list)
-    recoveries: list[str] = field(default_factory=list)
-
-    async def converse(self, questions: list[str], dies_before: int | None = None) -> None:
-        """One conversation. Another replica takes the place of its first one before that question."""
-        store = MemoryStore()
-        service, runner = self.begin(store)
-        named: dict[str, str] = {}
-        for number, question in enumerate(questions):
-            if number == dies_before:
-                await runner.close()
-                service, runner = self.begin(store)
-            message = {"role": "user", "content": question}
-            body = {"model": "m", "messages": [message], "seed": 5, "temperature": 0.8, **named}
-            reply = await service.chat({**body, "ignore_eos": True}, TENANT)
-            named = {"conversation": reply["conversation"]["id"]}
-            self.replies.append(reply["choices"][0]["message"]["content"])
-            self.recoveries.append(reply["usage"]["sinkserve"]["recovery"])
-        record = await store.get(TENANT, named["conversation"])
-        assert record.token_count > 2 * CAPACITY
-        await runner.close()
-        await service.close()
-
-    def begin(self, store: MemoryStore) -> tuple[ChatService, TurnRunner]:
-        files, engine = start(self.engine_dir)
-        warm_up(engine)
-        parts = ReplicaParts(
-            "replica", files.spec, files.fingerprint, EngineLoop(engine), store, files.codec
-        )
-        runner = TurnRunner(parts, Tunables())
-        limits = RequestLimits(vocab_size=files.spec.model.vocab_size, default_max_tokens=12)
-        front = FrontConfig(("m",), files.fingerprint, CAPACITY, limits, max_input_tokens=500)
-        service = ChatService(front, store, files.codec, OneReplica(runner), None, HASTE)
-        return service, runner
-
-
-QUESTIONS = ["hi", "and you?", "go on"]
 
 
 def test_a_service_answers_as_the_cpu_engine_does_and_goes_on_after_a_replay(

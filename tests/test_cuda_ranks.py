@@ -16,10 +16,10 @@ from engine.protocol import Row, StepPlan
 from engine_build.graph import export_graph
 from engine_build.spec import EngineSpec, SpecError, WeightFormat
 from tests.cuda_fixtures import cuda_spec
-from tests.cuda_product import build_calm
 from tests.cuda_rank import GREEDY, LENGTH, SIZES
 from tests.cuda_threads import as_ranks
 from tests.engine_fixtures import cached_tensors, cut, random_tokens, tiny_shape, window_of
+from tests.product import build_calm
 from tests.reference import Floats, ReferenceDecoder, Rule
 from tests.test_tensor_parallel import computed
 from tests.tp_script import conversations

@@ -141,6 +141,22 @@ def test_ray_cluster_is_valid(which: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert any(t["resources"].get("GPU") for t in config["available_node_types"].values())
 
 
+def test_the_gpu_cluster_has_a_node_for_a_replica_of_each_gpu_example() -> None:
+    """A replica is one actor: one node must have all that it asks for, and all replicas must fit in."""
+    cluster = read("examples/ray_cluster_gpu.yaml")
+    nodes = [
+        (t["resources"], t.get("max_workers", 0))
+        for t in cluster["available_node_types"].values()
+        if "GPU" in t["resources"]
+    ]
+    for file, gpus in (("examples/serve_gpu.yaml", 1), ("examples/serve_gpu_tp.yaml", 4)):
+        (app,) = read(file)["applications"]
+        cpus = load_config(app["args"]).cpus_per_replica
+        replicas = app["deployments"][0]["num_replicas"]
+        room = sum(count * min(has["GPU"] // gpus, int(has["CPU"] // cpus)) for has, count in nodes)
+        assert room >= replicas, file
+
+
 def test_validation_refuses_a_misspelt_cluster_key() -> None:
     config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
     config["max_worker"] = 2

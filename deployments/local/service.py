@@ -218,7 +218,8 @@ class LocalService:
         address = ray.get_runtime_context().gcs_address
         self._state = dataclasses.replace(self._state, ray_address=address)
         self._note("starting")
-        gpus = float(ray.cluster_resources().get("GPU", 0.0))
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus = resources.get("GPU", 0.0)
         if problem := gpu_problem(self._config, self._gpus_of_replica, gpus):
             raise StartError(problem)
 

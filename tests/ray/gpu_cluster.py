@@ -1,15 +1,16 @@
 """A process of its own with a Ray cluster whose GPUs exist in Ray's books alone: what a replica asks for,
 where Ray puts it, what it says when it cannot.
 
-    python -m tests.ray.gpu_cluster ENGINE_OF_ONE ENGINE_OF_FOUR
+    python -m tests.ray.gpu_cluster ENGINE_OF_ONE ENGINE_OF_FOUR OUT
 
-Prints one JSON object of what it saw. The engines are those of the GPU examples, tiny.
+Writes what it saw to OUT, JSON. The engines are those of the GPU examples, tiny.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -141,12 +142,13 @@ def deployed(deploy: dict[str, Any]) -> tuple[str, str]:
     return said
 
 
-def main(one: str, four: str) -> None:
-    head = {
+def main(one: str, four: str, out: str) -> None:
+    head: dict[str, Any] = {
         "num_cpus": 4,
         "num_gpus": 0,
         "include_dashboard": False,
         "object_store_memory": 100 << 20,
+        "temp_dir": tempfile.mkdtemp(prefix="ss-ray-", dir="/tmp"),
     }
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -162,10 +164,11 @@ def main(one: str, four: str) -> None:
         "four": deployed(group),
         "wrong": deployed(wrong),
     }
-    print(json.dumps(found), flush=True)
+    Path(out).write_text(json.dumps(found))
     serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
     cluster.shutdown()
+    shutil.rmtree(head["temp_dir"], ignore_errors=True)
 
 
 if __name__ == "__main__":

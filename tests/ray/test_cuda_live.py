@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cuda_product import CAPACITY, build_calm
 from tests.engine_contract import maker_of
+from tests.product import CAPACITY, build_calm
 from tests.ray_fixture import RayService
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
@@ -68,7 +68,7 @@ class Said:
 
 def converse(service: RayService, kill_after: int | None = None) -> Said:
     """`TURNS`, streamed. After so many events of the last one the replica that runs it is lost."""
-    said, named = Said([], [], 0, ""), {}
+    said, named = Said([], [], 0, ""), dict[str, str]()
     for question, max_tokens in TURNS:
         body = {
             "model": "tiny",

@@ -14,7 +14,7 @@ import pytest
 from engine.verify_figures import TOLERANCES, Verification
 from engine.verify_report import REPORT, Verified, write_report
 from engine_build.manifest import load_engine_spec
-from tests.cuda_product import build_calm
+from tests.product import build_calm
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
@@ -38,16 +38,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RAY_ADDRESS")
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ray.gpu_cluster", *engines],
+    subprocess.run(
+        [sys.executable, "-m", "tests.ray.gpu_cluster", *engines, folder / "found.json"],
         env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        text=True,
         check=True,
         timeout=900,
     )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return result
 
 

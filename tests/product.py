@@ -1,4 +1,4 @@
-"""Checkpoints and engine directories of tiny models for the CUDA engine, as `sinkserve build` makes them.
+"""Checkpoints of tiny models and engine directories for every target, as `sinkserve build` makes them.
 
 Imports neither torch nor triton: an engine may be opened by another process.
 """
