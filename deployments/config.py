@@ -235,7 +235,8 @@ class ServiceConfig(Tunables):
         default=120.0,
         gt=0,
         le=3600,
-        description="An engine step that takes longer makes its replica unhealthy, seconds.",
+        description="An engine step that takes longer makes its replica unhealthy, seconds. Tensor-parallel "
+        "ranks wait as long for each other in a step.",
     )
     stats_period_s: float = Field(
         default=0.5,
