@@ -45,6 +45,7 @@ class ThreadGroup:
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.rank, self.size = rank, meeting.size
+        self.limit_s = None
         self._meeting = meeting
 
     def all_reduce(self, values: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from tests.tp_script import conversations
 
 from engine.cuda_engine import CudaEngine  # isort: skip
 from engine.cuda_options import CudaOptions, TensorParallel  # isort: skip
-from engine.open_engine import EngineOptions, open_engine  # isort: skip
+from engine.open_engine import CPU_BUDGET_BYTES, EngineOptions, open_engine  # isort: skip
+from engine.rank_executors import RankOptions  # isort: skip
 
 SCRIPT = Path(__file__).with_name("cuda_rank.py")
 
@@ -106,6 +108,23 @@ def test_another_number_of_ranks_than_the_engine_was_cut_for_is_refused(tmp_path
     spec = exported(tmp_path, "llama", 2, "float32")
     with pytest.raises(SpecError, match="tp_size: the engine is cut for 2 ranks, 1 run it"):
         CudaEngine(tmp_path, device="cpu", memory_budget_bytes=spec.slot_bytes)
+
+
+def test_a_group_is_told_the_capacity_and_what_memory_it_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is free for the asking on a CPU, so the interpreter's ranks share a fixed budget."""
+    told: list[RankOptions] = []
+    ranks = SimpleNamespace(
+        TensorParallelEngine=lambda options, *_: told.append(options), RankTimeouts=dict
+    )
+    monkeypatch.setitem(sys.modules, "engine.ranks", ranks)
+    folder = build_calm(tmp_path, tp_size=2)
+    for variable in ("1", "0"):
+        monkeypatch.setenv("TRITON_INTERPRET", variable)
+        open_engine(folder, EngineOptions(capacity=24))
+    assert [one.capacity for one in told] == [24, 24]
+    assert [one.memory_budget_bytes for one in told] == [CPU_BUDGET_BYTES // 2, None]
 
 
 @pytest.mark.slow

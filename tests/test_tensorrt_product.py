@@ -30,7 +30,7 @@ def on_onnx(engine_dir: Path, spec: EngineSpec, options: object) -> OnnxPlanRunt
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the one file that needs a GPU."""
     runtime = SimpleNamespace(TensorRtRuntime=on_onnx)
-    monkeypatch.setitem(sys.modules, "engine.tensorrt_runtime", runtime)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "engine.tensorrt_runtime", runtime)
 
 
 @pytest.fixture(scope="module")
