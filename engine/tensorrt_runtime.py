@@ -33,8 +33,9 @@ from engine_build.lowering_tensorrt import (
     WRITE_PLACES,
     cache_names,
     cache_row_bytes,
+    is_input,
 )
-from engine_build.plan import PLAN_FILE
+from engine_build.plan import plan_file
 from engine_build.plan_profiles import (
     Size,
     decode_buckets,
@@ -67,12 +68,14 @@ class TensorRtRuntime:
         self._group = None if options.collective is None else NcclGroup(options.collective)
         self._stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
-            plan = (engine_dir / PLAN_FILE).read_bytes()
+            plan = plan_file(spec, engine_dir, options.rank).read_bytes()
             name = f"{hashlib.sha256(plan).hexdigest()[:16]}.kernels"
             self._plan = OpenPlan(spec.target, plan, sinkserve_home() / "tensorrt" / name)
             shard = rank_folder(engine_dir, options.rank, spec.tp_size)
             weights = read_weight_file(shard / WEIGHTS_FILE)
-            self._weights = {name: self._uploaded(weights[name]) for name in weights}
+            self._weights = {
+                name: self._uploaded(weights[name]) for name in weights if is_input(name, spec)
+            }
             scratch_bytes = max(self._plan.engine.device_memory_size_v2, 1)
             self._scratch = self._empty((scratch_bytes,), torch.uint8)
             vocab = spec.model.vocab_size
