@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -14,15 +15,24 @@ from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
 from engine_build import plan
 from engine_build.build import BuildOptions, build_engine
 from engine_build.engine_names import GRAPH_FILE, WEIGHTS_FILE
-from engine_build.graph import export_graph
+from engine_build.graph import export_graph, graph_of_inputs
+from engine_build.hf_config import shape_from_config
 from engine_build.manifest import load_engine_spec, load_manifest
-from engine_build.plan import PLAN_FILE, PlanOptions, build_plan
+from engine_build.plan import PLAN_FILE, PlanOptions, build_plan, plan_file
 from engine_build.plan_inputs import cache_row_bytes, num_places
 from engine_build.plan_profiles import Size, decode_buckets, plan_profiles, profile_for
-from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat, kv_dtype_for
+from engine_build.spec import (
+    TARGET_FORMATS,
+    EngineSpec,
+    SpecError,
+    Target,
+    WeightFormat,
+    kv_dtype_for,
+)
+from engine_build.tensors import expected_tensors
 from engine_build.weights import read_weight_file
 from tests.engine_fixtures import cached_tensors, tiny_shape
-from tests.tiny_models import write_hf_folder
+from tests.tiny_models import tiny_config, write_hf_folder
 
 
 def spec_of(
@@ -55,6 +65,57 @@ def test_the_graph_is_valid_onnx_and_small(weight_format: WeightFormat, tmp_path
     weights = set(read_weight_file(tmp_path / WEIGHTS_FILE))
     assert weights < {value.name for value in model.graph.input}
     assert graph.stat().st_size < 40_000
+
+
+def test_matrices_of_four_bits_are_in_the_graph(tmp_path: Path) -> None:
+    """Their bytes stay in the weights file; the rest are inputs as ever."""
+    graph = exported(spec_of("int4"), tmp_path)
+    onnx.checker.check_model(graph, full_check=True)
+    model = onnx.load(graph, load_external_data=False)
+    held = {value.name for value in model.graph.initializer}
+    stored = read_weight_file(tmp_path / WEIGHTS_FILE)
+    inputs = {value.name for value in model.graph.input} & set(stored)
+    assert held | inputs == set(stored)
+    assert {name.split(".", 2)[2] for name in held} == {
+        f"{matrix}.{part}"
+        for matrix in ("qkv", "output", "gate_up", "down")
+        for part in ("levels", "scales")
+    }
+    assert graph.stat().st_size < 40_000
+    with pytest.raises(SpecError, match="holds the weights themselves"):
+        graph_of_inputs(spec_of("int4"))
+
+
+def test_tensorrt_has_larger_blocks_than_rtx(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"blocks of 64 or 128 inputs, and a matrix has 96"):
+        exported(spec_of("int4", "tensorrt"), tmp_path)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_four_bit_ranks_have_plans_of_their_own(tmp_path: Path) -> None:
+    config = {**tiny_config("llama"), "intermediate_size": 128, "num_hidden_layers": 1}
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: rng.standard_normal(size).astype(np.float32)
+        for name, size in expected_tensors(shape_from_config(config)).items()
+    }
+    model = write_hf_folder(tmp_path / "model", config=config, tensors=tensors)
+    options = BuildOptions(32, 12, "int4", "tensorrt-rtx", 2)
+    done: list[float] = []
+    out = build_engine(
+        model,
+        tmp_path / "out",
+        options,
+        lambda step, fraction: done.append(fraction) if "plan" in step else None,
+    )
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    assert not (out / PLAN_FILE).exists()
+    spec = load_engine_spec(out)
+    plans = [plan_file(spec, out, rank) for rank in range(2)]
+    assert [plan.parent.name for plan in plans] == ["rank0", "rank1"]
+    assert plans[0].read_bytes() != plans[1].read_bytes()
+    assert {f"rank{n}/{PLAN_FILE}" for n in range(2)} < set(load_manifest(out, "sha256").files)
 
 
 def test_a_graph_for_tensorrt_is_that_for_rtx(tmp_path: Path) -> None:
@@ -94,7 +155,7 @@ def test_buckets_are_powers_of_two_up_to_all(rows: int, buckets: tuple[int, ...]
 
 
 @pytest.mark.usefixtures("rtx")
-@pytest.mark.parametrize("weight_format", ["float32", "float16", "bfloat16", "int8", "float8"])
+@pytest.mark.parametrize("weight_format", TARGET_FORMATS["tensorrt-rtx"])
 def test_every_format_of_the_target_becomes_a_plan(
     weight_format: WeightFormat, tmp_path: Path
 ) -> None:
