@@ -1,4 +1,4 @@
-"""What the number formats of GPU engines cost: their arithmetic simulated in NumPy, and their weights' rounding.
+"""What the number formats of GPU engines cost: their arithmetic, simulated in NumPy, and rounded weights.
 
     python -m benchmarks.weight_formats                    # the demo model, some minutes; writes JSON
     python -m benchmarks.weight_formats --model CHECKPOINT --tokens 2048 --capacity 1024
@@ -6,10 +6,10 @@
 
 Two questions, over one text under a sliding window:
 
-- executor: how far an engine that makes no mistake is from the float reference *on its own weights*. Rounding is
-  done where the CUDA engine's kernels do it, for few tokens (norm and gate inside the product, activations
-  16-bit) and for many (the library: both rounded between; activations of float8 layers are float8 too, a
-  scale for each token; 4-bit weights are made 16-bit first). `sinkserve verify` allows three to five times that.
+- executor: how far an engine that makes no mistake is from the float reference on its own weights. It rounds
+  where the CUDA engine's kernels do, for few tokens (norm and gate inside the product, activations 16-bit)
+  and for many (the library: both rounded between; activations of float8 layers are float8 too, a scale
+  for each token; 4-bit weights are made 16-bit first). `sinkserve verify` allows three to five times that.
 - weights: the reference on rounded weights against the reference on the checkpoint's.
 """
 

@@ -126,6 +126,15 @@ class Autoscaling(_Strict):
     target_ongoing_requests: float = Field(
         default=8.0, gt=0, le=4096, description="Running turns per replica to aim at."
     )
+    upscale_delay_s: float = Field(
+        default=30.0, ge=0, le=86_400, description="Load above the aim for so long adds replicas."
+    )
+    downscale_delay_s: float = Field(
+        default=600.0,
+        ge=0,
+        le=86_400,
+        description="Load below it for so long takes some away; their conversations are replayed elsewhere.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -226,7 +235,8 @@ class ServiceConfig(Tunables):
         default=120.0,
         gt=0,
         le=3600,
-        description="An engine step that takes longer makes its replica unhealthy, seconds.",
+        description="An engine step that takes longer makes its replica unhealthy, seconds. Tensor-parallel "
+        "ranks wait as long for each other in a step.",
     )
     stats_period_s: float = Field(
         default=0.5,

@@ -132,6 +132,7 @@ def start_engine(config: ServiceConfig, files: EngineFiles, threads: int) -> Eng
                 capacity=spec.capacity,
                 max_running=config.max_running,
                 host_memory_bytes=config.host_memory_bytes,
+                step_timeout_s=config.step_timeout_s,
             ),
         )
     except (SpecError, ManifestError, KernelError, NotVerified) as error:

@@ -32,7 +32,8 @@ class EngineOptions:
     those of a CPU engine, dealt out to its ranks, as its budget is. `capacity` replaces that of
     spec.json. `max_running` is the most decode rows of one step: GPU engines capture their
     graphs up to it. `host_memory_bytes` is for conversations that lost their kv_slot, in pinned host
-    memory (on a CPU: plain memory, which `memory_budget_bytes` uses better); 0 for none.
+    memory (on a CPU: plain memory, which `memory_budget_bytes` uses better), dealt out to the ranks; 0 for
+    none. `step_timeout_s` is the longest wait of one rank for another inside a step.
     """
 
     memory_budget_bytes: int | None = None
@@ -40,6 +41,7 @@ class EngineOptions:
     capacity: int | None = None
     max_running: int = 16
     host_memory_bytes: int = 0
+    step_timeout_s: float = 120.0
 
 
 DEFAULT_ENGINE_OPTIONS = EngineOptions()
@@ -121,7 +123,7 @@ def _open_ranks(
 ) -> Engine:
     """A tensor-parallel group; what each rank runs is in `rank_executors`."""
     from engine.rank_executors import RankOptions
-    from engine.ranks import TensorParallelEngine
+    from engine.ranks import RankTimeouts, TensorParallelEngine
 
     return TensorParallelEngine(
         RankOptions(
@@ -130,7 +132,9 @@ def _open_ranks(
             threads=threads,
             capacity=spec.capacity,
             max_running=options.max_running,
-        )
+            host_memory_bytes=options.host_memory_bytes // spec.tp_size,
+        ),
+        RankTimeouts(step_s=options.step_timeout_s),
     )
 
 

@@ -7,12 +7,13 @@ and rank 0 alone returns tokens and logits. What it computes with is imported wh
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from engine.collective import Collective
-from engine.protocol import Engine
+from engine.protocol import Engine, EngineDead, num_host_slots
 from engine_build.manifest import SPEC
 from engine_build.spec import EngineSpec, SpecError
 
@@ -23,6 +24,7 @@ class RankOptions:
 
     `memory_budget_bytes` is for the kv_slots of this rank, None: what is free. `threads` are this rank's,
     where a CPU computes. `capacity` replaces that of spec.json. `max_running`: see `EngineOptions`.
+    `host_memory_bytes` is this rank's too: its host slots hold its part of a kv_slot each.
     """
 
     engine_dir: str
@@ -30,6 +32,47 @@ class RankOptions:
     threads: int = 1
     capacity: int | None = None
     max_running: int = 16
+    host_memory_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotCounts:
+    """kv_slots and host slots of one rank, or of all."""
+
+    max_resident: int
+    host_slots: int = 0
+
+    def to_json(self) -> str:
+        """What a rank reports once it has started; `agreed` reads it."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def slot_counts(executor: Engine) -> SlotCounts:
+    """Those of this rank."""
+    return SlotCounts(executor.max_resident, num_host_slots(executor))
+
+
+def failed_start(trace: str) -> str:
+    """What a rank that could not start reports in its place."""
+    return json.dumps({"failed": trace[-2000:]})
+
+
+def agreed(reports: Sequence[str]) -> SlotCounts:
+    """What every rank has: one decision, rank 0's. Raises EngineDead for a rank that could not start."""
+    found = [json.loads(report) for report in reports]
+    for rank, report in enumerate(found):
+        if "failed" in report:
+            raise EngineDead(f"rank {rank} could not start:\n{report['failed']}")
+    return SlotCounts(
+        min(int(report["max_resident"]) for report in found),
+        min(int(report["host_slots"]) for report in found),
+    )
+
+
+def returns_early(spec: EngineSpec) -> bool:
+    """Whether a rank other than 0 ends its step when all is launched on its GPU, where the ranks wait for
+    each other. Those on CPUs wait in `Collective`."""
+    return spec.target != "cpu"
 
 
 OpenExecutor = Callable[[RankOptions, Collective], Engine]
@@ -56,6 +99,7 @@ def _open_cpu(options: RankOptions, collective: Collective) -> Engine:
         threads=options.threads,
         capacity=options.capacity,
         collective=collective,
+        host_memory_bytes=options.host_memory_bytes,
     )
 
 
@@ -75,6 +119,7 @@ def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
         capacity=options.capacity,
         options=CudaOptions(
             max_running=options.max_running,
+            host_memory_bytes=options.host_memory_bytes,
             tensor_parallel=TensorParallel(collective.rank, collective.size, address),
         ),
     )

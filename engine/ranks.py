@@ -9,13 +9,13 @@ What ends a wait:
 
     a rank died              MPICH's launcher kills all of them, rank 0 too: the replica is gone at once, and
                              its conversations go on elsewhere
-    a rank's process hangs   rank 0 sees its counter stand still (rank_watch.py) and kills it: see above
-    a live rank lags         the others wait for it for `step_s`, then EngineDead: nothing tells
-                             a live process that is stuck from one that is slow
+    a rank's process hangs   rank 0 sees its beats stand still for `rank_s`, and kills it: see above
+    a live rank is stuck     rank 0 sees that it does nothing for `idle_s`, or computes for `busy_s` without
+                             getting on, while others wait for it (rank_watch.py), and kills it: see above
+    nobody is to blame       ranks wait for each other inside a step for `step_s`, then EngineDead
     rank 0 is gone           the launcher kills the ranks; each also looks after rank 0's process itself
 
-This is the only file that imports mpi4py. Its MPI cannot be started twice in a process, so neither can a
-TensorParallelEngine: one in the life of a process.
+MPI cannot be started twice in a process, so neither can a TensorParallelEngine: one in the life of a process.
 """
 
 from __future__ import annotations
@@ -25,141 +25,63 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mpi4py
-import numpy as np
 import psutil
 
-from engine.collective import Floats
+from engine.mpi_group import MpiGroup
 from engine.plan_check import check_plan
 from engine.plan_codec import PlanDamaged, decode_plan, encode_plan
 from engine.protocol import Engine, EngineDead, StepPlan, StepResult
-from engine.rank_executors import OpenExecutor, RankOptions, open_executor
-from engine.rank_watch import RANK_TIMEOUT_S, Beats, BeatThread, watcher
+from engine.rank_activity import step_activity
+from engine.rank_executors import (
+    OpenExecutor,
+    RankOptions,
+    SlotCounts,
+    agreed,
+    failed_start,
+    open_executor,
+    returns_early,
+    slot_counts,
+)
+from engine.rank_watch import (
+    BUSY_S,
+    IDLE_S,
+    RANK_TIMEOUT_S,
+    Beater,
+    BeatThread,
+    ProgressLimits,
+    SharedSigns,
+    Watcher,
+)
 from engine_build.manifest import SPEC
 from engine_build.shard import check_tp_size
-from engine_build.spec import EngineSpec, SpecError
-
-mpi4py.rc(finalize=False)  # at exit it would wait for ranks that are gone
-from mpi4py import MPI  # noqa: E402
+from engine_build.spec import EngineSpec
 
 logger = logging.getLogger(__name__)
 
 STOP = b"STOP"
-_BLOCK_BYTES = 4096
-_LENGTH_BYTES = 8
-_REPORT_BYTES = 16384
 _CLOSE_TIMEOUT_S = 5.0
 _FAILED_START_S = 60.0
 """A start that failed on one rank is over for all after this, even where others wait for that rank."""
-
-_SPIN_S = 0.002
-_SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankTimeouts:
     """Seconds. `start_s`: until every rank has loaded its weights. `rank_s`: a process that does not move
-    hangs. `step_s`: the longest wait of one rank for another inside a step."""
+    hangs. `idle_s`, `busy_s`: a rank that others wait for is stuck, see rank_watch.py. `step_s`: the longest
+    wait of one rank for another inside a step."""
 
     start_s: float = 600.0
     rank_s: float = RANK_TIMEOUT_S
+    idle_s: float = IDLE_S
+    busy_s: float = BUSY_S
     step_s: float = 120.0
-
-
-class MpiCollective:
-    """See `engine.collective.Collective`; ranks are those of `comm`, all on this machine.
-
-    No call blocks inside MPI: requests are polled. Polling spins, yielding, for as long as each rank can
-    have a core of its own, then naps.
-    """
-
-    def __init__(self, comm: MPI.Intracomm, timeout_s: float) -> None:
-        self.failed: str | None = None
-        self.timeout_s = timeout_s
-        self._comm = comm
-        self._spin_s = _SPIN_S if comm.size <= len(os.sched_getaffinity(0)) else 0.0
-
-    @property
-    def rank(self) -> int:
-        return int(self._comm.rank)
-
-    @property
-    def size(self) -> int:
-        return int(self._comm.size)
-
-    def all_reduce(self, values: Floats) -> None:
-        """See `Collective.all_reduce`."""
-        self._wait(self._comm.Iallreduce(MPI.IN_PLACE, values), self.timeout_s)
-
-    def gather(self, values: Floats) -> Floats | None:
-        """See `Collective.gather`."""
-        values = np.ascontiguousarray(values)
-        every = np.empty((self.size, *values.shape), np.float32) if self.rank == 0 else None
-        self._wait(self._comm.Igather(values, every, root=0), self.timeout_s)
-        return every
-
-    def broadcast(self, data: bytes) -> bytes:
-        """See `Collective.broadcast`."""
-        return self._broadcast(data, self.timeout_s)
-
-    def next_message(self, timeout_s: float | None = None) -> bytes:
-        """What rank 0 broadcasts next, however long that takes or within so many seconds."""
-        return self._broadcast(b"", timeout_s)
-
-    def gather_text(self, text: str, timeout_s: float) -> list[str]:
-        """The texts of all ranks (their last 16 KiB) on rank 0, nothing on the others."""
-        mine = np.zeros(_REPORT_BYTES, np.uint8)
-        data = text.encode()[-_REPORT_BYTES:]
-        mine[: len(data)] = np.frombuffer(data, np.uint8)
-        every = np.empty((self.size, _REPORT_BYTES), np.uint8) if self.rank == 0 else None
-        self._wait(self._comm.Igather(mine, every, root=0), timeout_s)
-        if every is None:
-            return []
-        return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in every]
-
-    def _broadcast(self, data: bytes, timeout_s: float | None) -> bytes:
-        """Length and beginning in one block, what does not fit into it in a second message."""
-        block = np.zeros(_BLOCK_BYTES, np.uint8)
-        room = _BLOCK_BYTES - _LENGTH_BYTES
-        if self.rank == 0:
-            head = len(data).to_bytes(_LENGTH_BYTES, "little") + data[:room]
-            block[: len(head)] = np.frombuffer(head, np.uint8)
-        self._wait(self._comm.Ibcast(block, root=0), timeout_s)
-        length = int.from_bytes(block[:_LENGTH_BYTES].tobytes(), "little")
-        received = block[_LENGTH_BYTES : _LENGTH_BYTES + length].tobytes()
-        if length <= room:
-            return received
-        rest = np.zeros(length - room, np.uint8)
-        if self.rank == 0:
-            rest[:] = np.frombuffer(data[room:], np.uint8)
-        self._wait(self._comm.Ibcast(rest, root=0), self.timeout_s)
-        return received + rest.tobytes()
-
-    def _wait(self, request: MPI.Request, timeout_s: float | None) -> None:
-        began_s = time.perf_counter()
-        try:
-            while not request.Test():
-                if self.failed is not None:
-                    raise EngineDead(self.failed)
-                waited_s = time.perf_counter() - began_s
-                if timeout_s is not None and waited_s > timeout_s:
-                    raise EngineDead(f"the other ranks did not come for {timeout_s:.0f} s")
-                if waited_s < self._spin_s:
-                    os.sched_yield()
-                else:
-                    time.sleep(min(max(waited_s / 20, _SHORTEST_NAP_S), _LONGEST_NAP_S))
-        except MPI.Exception as error:
-            raise EngineDead(f"MPI: {error}") from error
 
 
 class RankGroup:
@@ -172,48 +94,57 @@ class RankGroup:
     def __init__(
         self, size: int, options: RankOptions, timeouts: RankTimeouts, module: str = __name__
     ) -> None:
-        if MPI.Is_finalized():
-            raise EngineDead("a process can start tensor-parallel ranks once. Start a new process")
-        _leave_process_group()
         self._thread: BeatThread | None = None
+        self._watcher: Watcher | None = None
         self._timeouts = timeouts
         with tempfile.TemporaryDirectory(prefix="sinkserve-ranks-") as folder:
-            beats_file = Path(folder) / "beats"
-            beats = Beats(beats_file, size, rank=0)
+            file = Path(folder) / "signs"
+            self._signs = SharedSigns(file, size, rank=0)
             told = {
                 "options": dataclasses.asdict(options),
                 "timeouts": dataclasses.asdict(timeouts),
-                "beats": str(beats_file),
+                "signs": str(file),
                 "rank0": os.getpid(),
             }
             arguments = ["-m", module, json.dumps(told)]
-            try:
-                with _launcher_environment():
-                    self._ranks = MPI.COMM_SELF.Spawn(sys.executable, arguments, size - 1)
-                comm = self._ranks.Merge(high=False)
-            except MPI.Exception as error:
-                raise EngineDead(f"the ranks could not be started: {error}") from error
-            self._comm = comm
-            self.collective = MpiCollective(comm, timeouts.start_s)
+            self._group = MpiGroup.spawn(arguments, size - 1, timeouts.start_s)
+            self.collective = self._group.collective
+            self.collective.reached = self._signs.reached
             pids = self.collective.gather_text(str(os.getpid()), timeouts.start_s)
-        self._beats = beats
         self._pids = [int(pid) for pid in pids]
 
-    def ready(self, max_resident: int) -> int:
-        """Wait until every rank has its executor; the kv_slots that all of them have.
+    def ready(self, mine: SlotCounts, early: bool = False) -> SlotCounts:
+        """Wait until every rank has its executor; the slots that all of them have. `early`: see
+        `rank_executors.returns_early`; such ranks are not taken for stuck before `warm`.
 
         Raises EngineDead with what a rank that could not start said.
         """
-        mine = json.dumps({"max_resident": max_resident})
-        reports = self.collective.gather_text(mine, self._timeouts.start_s)
-        found: list[dict[str, Any]] = [json.loads(report) for report in reports]
-        for rank, report in enumerate(found):
-            if "failed" in report:
-                raise EngineDead(f"rank {rank} could not start:\n{report['failed']}")
-        self.collective.timeout_s = self._timeouts.step_s
-        tick = watcher(self._beats, len(found), self._timeouts.rank_s, self._hung)
+        timeouts = self._timeouts
+        counts = agreed(self.collective.gather_text(mine.to_json(), timeouts.start_s))
+        self.collective.timeout_s = timeouts.step_s
+        # What a host that only launches may do for long is compile.
+        busy_s = timeouts.step_s if early else min(timeouts.busy_s, timeouts.step_s)
+        limits = ProgressLimits(timeouts.idle_s, busy_s, timeouts.step_s)
+        beater = Beater(self._signs, step_activity)
+        watcher = Watcher(self._signs, timeouts.rank_s, limits, self._hung)
+        watcher.watches_progress = not early
+
+        def tick() -> None:
+            beater.beat()
+            watcher.look()
+
+        self._watcher = watcher
         self._thread = BeatThread(tick)
-        return min(int(report["max_resident"]) for report in found)
+        return counts
+
+    def launched(self) -> None:
+        """Rank 0's of ranks that return early: the others now have to launch the plan that was sent."""
+        self._signs.reached()
+
+    def warm(self) -> None:
+        """A step is over: connections are made, kernels compiled."""
+        if self._watcher is not None:
+            self._watcher.watches_progress = True
 
     def send(self, data: bytes) -> None:
         """Tell all ranks."""
@@ -232,18 +163,15 @@ class RankGroup:
         finally:
             if self._thread is not None:
                 self._thread.stop()
-        self._comm.Free()
-        self._ranks.Disconnect()
-        MPI.Finalize()  # the launcher takes an end without it for a crash, and would kill this process
+        self._group.leave()
 
     def kill(self, reason: str) -> None:
         """No step can work any more: end the ranks, and with them, most likely, this process."""
         self.collective.failed = reason
         self._kill()
 
-    def _hung(self, rank: int) -> None:
-        pid = self._pids[rank]
-        reason = f"rank {rank} (process {pid}) has not moved for {self._timeouts.rank_s} s"
+    def _hung(self, rank: int, what: str) -> None:
+        reason = f"rank {rank} (process {self._pids[rank]}) {what}"
         if self.collective.failed is None:
             logger.error("%s: it is killed, and the replica with it", reason)
         self.kill(reason)
@@ -257,9 +185,9 @@ class RankGroup:
 class TensorParallelEngine:
     """See `engine.protocol.Engine`: the ranks of an engine directory, this process being rank 0.
 
-    `max_resident` is what the rank with the least memory has. Raises SpecError for a `tp_size` that does
-    not fit or a missing launcher, what rank 0's executor raises, and EngineDead for a rank that does not
-    start. The death of a rank ends this process (see the module).
+    `max_resident` and `host_slots` are what the rank with the least memory has. Raises SpecError for a
+    `tp_size` that does not fit or a missing launcher, what rank 0's executor raises, and EngineDead for a
+    rank that does not start. The death of a rank ends this process (see the module).
     """
 
     def __init__(self, options: RankOptions, timeouts: RankTimeouts | None = None) -> None:
@@ -271,8 +199,9 @@ class TensorParallelEngine:
         self._executor: Engine | None = None
         try:
             self._executor = open_executor(options, self._group.collective)
-            self._max_resident = self._group.ready(self._executor.max_resident)
             self._spec = self._executor.spec
+            self._early = returns_early(self._spec)
+            self._slots = self._group.ready(slot_counts(self._executor), self._early)
         except BaseException as error:
             if self._executor is None:
                 self._refuse(error)
@@ -285,18 +214,27 @@ class TensorParallelEngine:
 
     @property
     def max_resident(self) -> int:
-        return self._max_resident
+        return self._slots.max_resident
+
+    @property
+    def host_slots(self) -> int:
+        """See `HasHostSlots`. A rank's host slot holds its part of a kv_slot."""
+        return self._slots.host_slots
 
     def step(self, plan: StepPlan) -> StepResult:
         """See `Engine.step`. Raises ValueError naming the field of a plan that no rank was told of."""
         if self._closed or self._executor is None:
             raise EngineDead("the engine is closed")
-        check_plan(plan, self._spec, self._max_resident)
-        if not plan.rows:
+        check_plan(plan, self._spec, self._slots.max_resident, self._slots.host_slots)
+        if not plan.rows and not plan.copies:
             return StepResult(())
         try:
             self._group.send(encode_plan(plan))
-            return self._executor.step(plan)
+            if self._early:
+                self._group.launched()
+            result = self._executor.step(plan)
+            self._group.warm()
+            return result
         except EngineDead as error:
             self._group.collective.failed = str(error)
             raise
@@ -319,73 +257,44 @@ class TensorParallelEngine:
             self._group.collective.failed = str(late)
 
 
-def _leave_process_group() -> None:
-    """The launcher kills rank 0's whole process group, and a Ray worker shares the one of its node."""
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)
-
-
-@contextlib.contextmanager
-def _launcher_environment() -> Iterator[None]:
-    """`mpiexec` of this environment first on PATH, and this code importable in the ranks."""
-    beside, code = str(Path(sys.executable).parent), str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [beside, os.environ.get("PATH", "")]))
-    if shutil.which("mpiexec", path=path) is None:
-        raise SpecError(
-            "tp_size",
-            "there is no mpiexec to start tensor-parallel ranks with",
-            "Install the `mpich` package into this environment",
-        )
-    imports = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH", "")]))
-    before = {name: os.environ.get(name) for name in ("PATH", "PYTHONPATH")}
-    os.environ.update(PATH=path, PYTHONPATH=imports)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def run_rank(told: dict[str, Any], open_mine: OpenExecutor) -> None:
     """A rank other than 0, from its start to its end."""
     timeouts = RankTimeouts(**told["timeouts"])
-    parent = MPI.Comm.Get_parent()
-    comm = parent.Merge(high=True)
-    collective = MpiCollective(comm, timeouts.start_s)
+    group = MpiGroup.join(timeouts.start_s)
+    collective = group.collective
     rank0 = psutil.Process(told["rank0"])
-    beats = Beats(Path(told["beats"]), comm.size, comm.rank)
+    signs = SharedSigns(Path(told["signs"]), collective.size, collective.rank)
+    beater = Beater(signs, step_activity)
+    collective.reached = signs.reached
 
     def tick() -> None:
-        beats.beat()
+        beater.beat()
         if _is_gone(rank0):
             os._exit(1)
 
     thread = BeatThread(tick)
     collective.gather_text(str(os.getpid()), timeouts.start_s)
     executor: Engine | None = None
-    report: dict[str, Any]
     try:
         executor = open_mine(RankOptions(**told["options"]), collective)
-        report = {"max_resident": executor.max_resident}
+        report = slot_counts(executor).to_json()
     except Exception:
         traceback.print_exc()
-        report = {"failed": traceback.format_exc()[-2000:]}
-    collective.gather_text(json.dumps(report), timeouts.start_s)
+        report = failed_start(traceback.format_exc())
+    collective.gather_text(report, timeouts.start_s)
     collective.timeout_s = timeouts.step_s
     if executor is None:
         collective.next_message(_FAILED_START_S)
     else:
+        early = returns_early(executor.spec)
         while (message := collective.next_message()) != STOP:
             _run_plan(executor, message)
+            if early:
+                signs.reached()
         executor.close()
     collective.gather_text("", _CLOSE_TIMEOUT_S)
     thread.stop()
-    comm.Free()
-    parent.Disconnect()
-    MPI.Finalize()
+    group.leave()
 
 
 def _is_gone(process: psutil.Process) -> bool:

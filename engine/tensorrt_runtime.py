@@ -24,7 +24,7 @@ from engine.tensorrt_engine import RuntimeOptions
 from engine.tensorrt_inputs import PassInputs
 from engine_build.engine_names import LOGIT_ROWS, LOGITS, WEIGHTS_FILE
 from engine_build.files import sinkserve_home
-from engine_build.plan import PLAN_FILE
+from engine_build.plan import plan_file
 from engine_build.plan_inputs import (
     ANGLES,
     PRESENT,
@@ -34,6 +34,7 @@ from engine_build.plan_inputs import (
     WRITE_PLACES,
     cache_names,
     cache_row_bytes,
+    is_input,
 )
 from engine_build.plan_profiles import (
     Size,
@@ -75,7 +76,7 @@ class TensorRtRuntime:
         self._group = None if options.collective is None else NcclGroup(options.collective)
         self._stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
-            plan = (engine_dir / PLAN_FILE).read_bytes()
+            plan = plan_file(spec, engine_dir, options.rank).read_bytes()
             name = f"{hashlib.sha256(plan).hexdigest()[:16]}.kernels"
             self._plan = OpenPlan(spec.target, plan, sinkserve_home() / "tensorrt" / name)
             if weights is None:
@@ -242,7 +243,8 @@ class TensorRtRuntime:
 
     def _from_file(self, file: Path) -> dict[str, torch.Tensor]:
         stored = read_weight_file(file)
-        return {name: self._uploaded(stored[name]) for name in stored}
+        names = [name for name in stored if is_input(name, self._spec)]
+        return {name: self._uploaded(stored[name]) for name in names}
 
     def _uploaded(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
         """The bytes of a mapped weight on the GPU: the plan knows their type."""

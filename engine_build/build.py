@@ -7,6 +7,7 @@ in a folder beside the target, which takes the target's name only when it is who
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -36,12 +37,13 @@ from engine_build.manifest import (
     write_manifest,
 )
 from engine_build.plan import (
-    PLAN_FILE,
     PLAN_TARGETS,
     PlanOptions,
     build_plan,
     check_library,
+    plan_file,
 )
+from engine_build.plan_inputs import holds_weights
 from engine_build.shard import check_tp_size, rank_folder
 from engine_build.spec import (
     TARGET_FORMATS,
@@ -163,13 +165,13 @@ def _convert(
         raise missing from error
     if spec.target in PLAN_TARGETS:
         timing_cache = folder.parent / TIMING_CACHE if spec.target == "tensorrt" else None
-        build_plan(
-            spec,
-            rank_folder(folder, 0, spec.tp_size) / GRAPH_FILE,
-            folder / PLAN_FILE,  # one plan serves all ranks: weights are its inputs
-            lambda fraction: progress("build the plan", fraction),
-            PlanOptions(options.compute_capabilities, timing_cache),
-        )
+        plan_options = PlanOptions(options.compute_capabilities, timing_cache)
+        num_plans = spec.tp_size if holds_weights(spec) else 1
+        for rank in range(num_plans):
+            graph = rank_folder(folder, rank, spec.tp_size) / GRAPH_FILE
+            plan = plan_file(spec, folder, rank)
+            one = functools.partial(_part_of, progress, rank, num_plans)
+            build_plan(spec, graph, plan, one, plan_options)
     card = ModelCard(
         name=checkpoint.name,
         trained_tokens=checkpoint.trained_tokens,
@@ -177,6 +179,10 @@ def _convert(
         build_key="",
     )
     return spec, card
+
+
+def _part_of(progress: Progress, done: int, plans: int, fraction: float) -> None:
+    progress("build the plan", (done + fraction) / plans)
 
 
 def _build_key(source: Path, options: BuildOptions) -> str:

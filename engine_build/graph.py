@@ -21,6 +21,7 @@ from engine_build.lowering_cpu import CpuLowering
 from engine_build.lowering_cuda import CudaWeights
 from engine_build.lowering_tensorrt import TensorRtLowering
 from engine_build.onnx_writer import GraphWriter
+from engine_build.plan_inputs import holds_weights
 from engine_build.shard import (
     head_rows,
     rank_folder,
@@ -152,16 +153,25 @@ def export_graph(
         if spec.target == "cpu":
             model = graph.model("decoder", WEIGHTS_FILE, writer.stored)
         else:
-            model = graph.model_of_inputs("decoder")
+            model = graph.model_of_inputs("decoder", WEIGHTS_FILE, writer.stored)
         onnx.save_model(model, folder / GRAPH_FILE)
     progress(1.0)
 
 
 def graph_of_inputs(spec: EngineSpec) -> onnx.ModelProto:
-    """The decoder for TensorRT with its weights as inputs: of a shape alone, no checkpoint is needed."""
+    """The decoder for TensorRT with its weights as inputs: of a shape alone, no checkpoint is needed.
+
+    Raises SpecError for a format whose weights are constants of the graph.
+    """
+    if holds_weights(spec):
+        raise SpecError(
+            "weight_format",
+            f"a graph for {spec.weight_format} holds the weights themselves",
+            "Build a checkpoint, or take another format",
+        )
     graph = GraphWriter()
     define_decoder(spec, graph, _lowering(spec, graph))
-    return graph.model_of_inputs("decoder")
+    return graph.model_of_inputs("decoder", "", {})
 
 
 def _lowering(spec: EngineSpec, graph: GraphWriter) -> Lowering:

@@ -1,7 +1,7 @@
 """Symmetric 4-bit weights: groups of an output's inputs share a scale, weight = level * scale.
 
-Levels are -8 to 7, rounded to nearest on the scale that makes the group's squared error least: a short search,
-since a scale that clips the largest weight a little serves all the others better. Scales have 16 bits.
+Levels are -8 to 7, rounded to nearest on the scale that makes the group's squared error least: a short
+search, since a scale that clips the largest weight a little serves all others better. Scales have 16 bits.
 
 Two ways to keep them:
 

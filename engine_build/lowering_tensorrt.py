@@ -16,6 +16,12 @@ each place is picked before the softmax. The fused Attention layer is not used: 
 keys, and every way to feed it (rotated copies of the sinks beside the window, doubled heads) copies K each
 step. Softmax, rotation and the choice run in float32.
 
+Matrices of 8 bits or fewer are [inputs, outputs]: TensorRT-RTX 1.7.1 turns those of [outputs, inputs] around
+in a kernel of its own, at every pass, before their scaling goes into the product. 4-bit weights with a scale
+for each block of inputs it unpacks inside the product only if both are constants; as inputs they would be
+written out as 16 bits at every pass. So the matrices of int4 are in the graph and in the plan
+(`holds_weights`), and each rank has a plan of its own. (Seen in the layers of plans it built.)
+
 Visibility is worked out in the graph, once a step, from six small integers a row: for a batch of 256 at
 capacity 2048 the mask would be half a million booleans to make on the host and to send.
 """
@@ -29,7 +35,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import helper, numpy_helper
 
-from engine_build.engine_names import LEVELS, SCALES
+from engine_build import int4
+from engine_build.engine_names import LEVELS, SCALES, Declared
 from engine_build.onnx_writer import Dimension, GraphWriter
 from engine_build.plan_inputs import (
     ANGLES,
@@ -43,7 +50,7 @@ from engine_build.plan_inputs import (
     num_places,
 )
 from engine_build.shard import rank_weights, shard_shape
-from engine_build.spec import EngineSpec, KvDtype, WeightFormat
+from engine_build.spec import EngineSpec, KvDtype, SpecError, WeightFormat
 from engine_build.weights import MergedWeight
 
 Floats = npt.NDArray[np.float32]
@@ -62,6 +69,8 @@ _LEVEL_DTYPES: dict[WeightFormat, tuple[type[np.generic], float]] = {
     "int8": (np.int8, 127.0),
     "float8": (ml_dtypes.float8_e4m3fn, 448.0),
 }
+_QUANTISED = (*_LEVEL_DTYPES, "int4")
+_TENSORRT_BLOCK = 64
 _UNSEEN = -1e30
 
 
@@ -81,7 +90,8 @@ class TensorRtLowering:
                       cut off at 2**30
         layers.N.keys, layers.N.values    [batch, kv_heads, places, head_dim], written in place: bind
                       `.present` of the same name to the same memory
-        every weight by its name, matrices as [output, input]
+        every weight by its name, matrices as [output, input], or as levels [input, output] and scales,
+        but for those of int4, which are constants
     """
 
     def __init__(self, spec: EngineSpec, graph: GraphWriter) -> None:
@@ -118,13 +128,16 @@ class TensorRtLowering:
         """See `Lowering.store`."""
         if not self._is_quantised(weight.name):
             return {weight.name: values.astype(self._dtype)}
+        if self._spec.weight_format == "int4":
+            levels, scales = int4.to_pairs(*int4.quantise(values, self._dtype))
+            return {weight.name + LEVELS: levels, weight.name + SCALES: scales}
         level_dtype, largest = _LEVEL_DTYPES[self._spec.weight_format]
         scales = np.abs(values).max(axis=1) / np.float32(largest)
         scales = np.where(scales > 0, scales, 1).astype(self._dtype)
         levels = values / scales.astype(np.float32)[:, None]
         if level_dtype is np.int8:
             levels = np.rint(levels)
-        levels = levels.clip(-largest, largest).astype(level_dtype)
+        levels = np.ascontiguousarray(levels.T).clip(-largest, largest).astype(level_dtype)
         return {weight.name + LEVELS: levels, weight.name + SCALES: scales}
 
     def embedding(self, name: str, token_ids: str) -> str:
@@ -134,7 +147,8 @@ class TensorRtLowering:
     def linear(self, x: str, name: str, bias: str | None = None) -> str:
         """See `Lowering.linear`."""
         extra = [] if bias is None else [self._weight(bias)]
-        return self._graph.node("Gemm", [x, self._matrix(name), *extra], transB=1)
+        by_output = int(not self._is_quantised(name))
+        return self._graph.node("Gemm", [x, self._matrix(name), *extra], transB=by_output)
 
     def logits(self, x: str, name: str) -> str:
         """See `Lowering.logits`."""
@@ -283,16 +297,34 @@ class TensorRtLowering:
     def _is_quantised(self, name: str) -> bool:
         """Matrices of the layers; what a token is read from and chosen by keeps 16 bits."""
         matrix = len(self._sizes[name]) == 2
-        return matrix and name.startswith("layers.") and self._spec.weight_format in _LEVEL_DTYPES
+        return matrix and name.startswith("layers.") and self._spec.weight_format in _QUANTISED
 
     def _matrix(self, name: str) -> str:
         if not self._is_quantised(name):
             return self._weight(name)
+        outputs, inputs = self._sizes[name]
+        if self._spec.weight_format == "int4":
+            return self._packed(name, outputs, inputs)
         level_dtype, _ = _LEVEL_DTYPES[self._spec.weight_format]
-        shape = self._sizes[name]
-        levels = self._graph.weight(name + LEVELS, level_dtype, shape)
-        scales = self._graph.weight(name + SCALES, self._dtype, shape[:1])
-        return self._graph.node("DequantizeLinear", [levels, scales], axis=0)
+        levels = self._graph.weight(name + LEVELS, level_dtype, (inputs, outputs))
+        scales = self._graph.weight(name + SCALES, self._dtype, (outputs,))
+        return self._graph.node("DequantizeLinear", [levels, scales], axis=1)
+
+    def _packed(self, name: str, outputs: int, inputs: int) -> str:
+        """A constant matrix of 4-bit levels, [inputs, outputs]."""
+        group = int4.group_of(inputs)
+        if self._spec.target == "tensorrt" and group < _TENSORRT_BLOCK:
+            raise SpecError(
+                "weight_format",
+                f"TensorRT wants blocks of 64 or 128 inputs, and a matrix has {inputs} on each rank",
+                "Use another format or fewer ranks",
+            )
+        pairs = Declared(np.dtype(np.uint8), (inputs, outputs // 2))
+        levels = self._graph.constant(name + LEVELS, pairs, ml_dtypes.int4, (inputs, outputs))
+        shape = (inputs // group, outputs)
+        stored = Declared(np.dtype(self._dtype), shape)
+        scales = self._graph.constant(name + SCALES, stored, self._dtype, shape)
+        return self._graph.node("DequantizeLinear", [levels, scales], axis=0, block_size=group)
 
     def _weight(self, name: str) -> str:
         return self._graph.weight(name, self._dtype, self._sizes[name])

@@ -26,9 +26,14 @@ Dimension = int | str
 
 @dataclass(slots=True)
 class GraphWriter:
-    """Collects a graph. Names of nodes and values are counted, so equal input gives equal output."""
+    """Collects a graph. Names of nodes and values are counted, so equal input gives equal output.
+
+    `weights` are as the weights file has them. Those that must never be inputs are among `constants` too, as
+    the graph has them: the same bytes under a type that the file's format lacks.
+    """
 
     weights: dict[str, Declared] = field(default_factory=dict)
+    constants: dict[str, Declared] = field(default_factory=dict)
     _nodes: list[onnx.NodeProto] = field(default_factory=list)
     _inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     _outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -45,6 +50,12 @@ class GraphWriter:
     def weight(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> str:
         """Declare a weight of the weights file; declaring it again is no error."""
         self.weights.setdefault(name, Declared(np.dtype(dtype), shape))
+        return name
+
+    def constant(self, name: str, stored: Declared, dtype: Any, shape: tuple[int, ...]) -> str:
+        """Declare a weight that is never an input: `stored` in the file, `dtype` and `shape` here."""
+        self.weights.setdefault(name, stored)
+        self.constants.setdefault(name, Declared(np.dtype(dtype), shape))
         return name
 
     def node(self, op: str, inputs: Sequence[str], domain: str = "", **attributes: Any) -> str:
@@ -72,15 +83,23 @@ class GraphWriter:
         ]
         return self._model(name, self._inputs, weights, _OPSETS)
 
-    def model_of_inputs(self, name: str) -> onnx.ModelProto:
-        """The finished model with every declared weight an input, after the others. No file holds any."""
+    def model_of_inputs(
+        self, name: str, file: str, stored: Mapping[str, StoredAt]
+    ) -> onnx.ModelProto:
+        """The finished model with every declared weight an input, after the others, but for `constants`, at
+        `stored` places of `file`."""
         weights = [
             _value(weight, declared.dtype.type, declared.shape)
             for weight, declared in self.weights.items()
+            if weight not in self.constants
+        ]
+        constants = [
+            _external(weight, declared, file, stored[weight])
+            for weight, declared in self.constants.items()
         ]
         domains = sorted({node.domain for node in self._nodes} - {""})
         opsets = [_OPSETS[0], *((domain, 1) for domain in domains)]
-        return self._model(name, self._inputs + weights, [], opsets)
+        return self._model(name, self._inputs + weights, constants, opsets)
 
     def _model(
         self,

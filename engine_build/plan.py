@@ -1,7 +1,8 @@
 """The decoder's graph as a TensorRT plan.
 
-The plan holds structure and kernels; weights are its inputs and stay in their own file. TensorRT-RTX plans
-are built on any machine, TensorRT's on one with the GPU that is to serve.
+The plan holds structure and kernels; weights are its inputs and stay in their own file, so that one plan
+serves all ranks. Only 4-bit matrices are in it, and then there is one for each rank. TensorRT-RTX plans are
+built on any machine, TensorRT's on one with the GPU that is to serve.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine_build.plan_inputs import holds_weights
 from engine_build.plan_profiles import input_shapes, plan_profiles
+from engine_build.shard import rank_folder
 from engine_build.spec import EngineSpec, SpecError, Target
 from engine_build.tensorrt_library import (
     choose_capabilities,
@@ -23,6 +26,12 @@ from engine_build.tensorrt_library import (
 PLAN_FILE = "decoder.plan"
 PLAN_TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-rtx")
 """Targets that run a plan: a graph of theirs is built further, and fits one capacity."""
+
+
+def plan_file(spec: EngineSpec, engine_dir: Path, rank: int) -> Path:
+    """The plan that a rank runs."""
+    own = holds_weights(spec)
+    return (rank_folder(engine_dir, rank, spec.tp_size) if own else engine_dir) / PLAN_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ def build_plan(
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(typed)
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(graph.read_bytes()):
+    if not parser.parse_from_file(str(graph)):  # beside it are the weights that it holds
         reasons = [parser.get_error(n).desc() for n in range(parser.num_errors)]
         raise SpecError(
             "target",

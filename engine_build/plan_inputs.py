@@ -5,6 +5,7 @@ What each input means is told where the graph is written: engine_build/lowering_
 
 from __future__ import annotations
 
+from engine_build.engine_names import LEVELS, SCALES
 from engine_build.shard import shard_shape
 from engine_build.spec import EngineSpec
 
@@ -16,6 +17,16 @@ PRESENT = ".present"
 
 _PLACES_TOGETHER = 16
 _ALIGNMENT_BYTES = 256
+
+
+def holds_weights(spec: EngineSpec) -> bool:
+    """Whether the matrices of the layers are constants of the graph, so that a plan serves one rank alone."""
+    return spec.target in ("tensorrt", "tensorrt-rtx") and spec.weight_format == "int4"
+
+
+def is_input(name: str, spec: EngineSpec) -> bool:
+    """Whether a tensor of the weights file is an input of the graph."""
+    return not (holds_weights(spec) and name.endswith((LEVELS, SCALES)))
 
 
 def cache_names(layer: int) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from engine_build.checkpoint import read_checkpoint
 from engine_build.engine_names import LEVELS, SCALES, WEIGHTS_FILE
 from engine_build.quantize import dequantise
 from engine_build.shard import rank_folder, rank_weights, shard_shape
-from engine_build.spec import EngineSpec, ModelShape, SpecError
+from engine_build.spec import EngineSpec, ModelShape, SpecError, Target
 from engine_build.weights import Floats, merged_weights, read_weight_file
 
 WeightOf = Callable[[str], Floats]
@@ -37,7 +37,7 @@ def stored_weights(engine_dir: Path, spec: EngineSpec) -> WeightOf:
     sizes = {weight.name: weight.shape for weight in rank_weights(spec.model, 0, num_files)}
 
     def load(name: str) -> Floats:
-        parts = [_as_float32(file, name, sizes.get(name, ())) for file in files]
+        parts = [_as_float32(file, name, sizes.get(name, ()), spec.target) for file in files]
         return parts[0] if len(parts) == 1 else _joined(name, parts, spec.model)
 
     return load
@@ -66,18 +66,21 @@ def _read(folder: Path) -> _Stored:
         raise _unreadable(f"cannot be read: {error}") from error
 
 
-def _as_float32(stored: _Stored, name: str, shape: tuple[int, ...]) -> Floats:
+def _as_float32(stored: _Stored, name: str, shape: tuple[int, ...], target: Target) -> Floats:
     if name in stored:
         return stored[name].astype(np.float32, copy=False)
     levels, scales = stored.get(name + LEVELS), stored.get(name + SCALES)
     if levels is None or scales is None:
         raise _unreadable(f"has no {name}")
+    if target == "cpu":
+        return dequantise(levels, scales, *shape)
     if levels.dtype == np.int32:
         return int4.dequantise(*int4.from_words(levels, scales, shape[1]))
-    if levels.ndim == 2:  # one scale for each output
-        product: Floats = levels.astype(np.float32) * scales.astype(np.float32)[:, None]
-        return product
-    return dequantise(levels, scales, *shape)
+    if scales.ndim == 2:
+        return int4.dequantise(*int4.from_pairs(levels, scales))
+    by_output = levels if target == "cuda" else levels.T  # one scale for each output
+    product: Floats = by_output.astype(np.float32) * scales.astype(np.float32)[:, None]
+    return product
 
 
 def _joined(name: str, parts: Sequence[Floats], model: ModelShape) -> Floats:

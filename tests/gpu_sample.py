@@ -113,6 +113,41 @@ def _sections() -> dict[str, Any]:
                 }
             ],
         },
+        "tensorrt_sm90/all/engine=tensorrt": {
+            "library": {"version": "1.7.1", "from": "carried", "names": ["8.9"]},
+            "gpu": {"name": "Imaginary Card", "compute_capability": "9.0"},
+            "runs": ["for the GPU that is here"],
+            "capabilities": ["current"],
+            "plans": [
+                {
+                    "way": "for the GPU that is here",
+                    "plan_bytes": 11_000,
+                    "valid": "EngineValidity.VALID",
+                    "opens": True,
+                    "right": True,
+                    "said": [],
+                },
+                {
+                    "way": "9.0, asked for by number",
+                    "plan_bytes": None,
+                    "said": ["not | supported", "in\ncapability"],
+                },
+                {"way": "8.9 alone", "ended": "the process ended with code -6"},
+            ],
+        },
+        "decode/llama-3-8b/engine=tensorrt/capacity=2048": {
+            **POINT,
+            "target": "tensorrt-rtx",
+            "slots": 64,
+            "points": [{**_decode(1), "of_roofline": 0.5}],
+            "skipped": [],
+            "plan": {
+                "plan_bytes": 20_000_000,
+                "plan_for": "current",
+                "build_s": 30.0,
+                "open_s": 2.0,
+            },
+        },
         "overheads/llama-3-8b/capacity=2048": {
             **POINT,
             "batches": [{"batch": 1, "sampling": {"greedy": SPREAD}, "without_graphs": SPREAD}],

@@ -30,9 +30,11 @@ from engine_build.plan_inputs import (
     TOKEN_IDS,
     WRITE_PLACES,
     cache_names,
+    is_input,
 )
 from engine_build.plan_profiles import Size, input_shapes, plan_profiles, profile_for
 from engine_build.spec import EngineSpec, KvDtype, WeightFormat
+from engine_build.stored_weights import WeightOf, stored_weights
 from engine_build.weights import read_weight_file
 from tests.engine_fixtures import cached_tensors, tiny_shape
 
@@ -56,11 +58,16 @@ class OnnxPlanRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        # Or it makes 4-bit layers one operator of its own that rounds activations to 8 bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
         self._spec = spec
-        self._weights = weights or read_weight_file(engine_dir / WEIGHTS_FILE)
+        if weights is None:
+            stored = read_weight_file(engine_dir / WEIGHTS_FILE)
+            weights = {name: stored[name] for name in stored if is_input(name, spec)}
+        self._weights = weights
         shapes = input_shapes(spec, Size(num_rows, 1, 1))
         dtype = COMPUTE_DTYPES[spec.kv_dtype]
         self.caches: dict[str, npt.NDArray[Any]] = {
@@ -141,6 +148,12 @@ def _exported(spec: EngineSpec, family: str) -> tuple[Path, tempfile.TemporaryDi
     export_graph(spec, cached_tensors(family), folder, lambda fraction: None)
     (folder / "spec.json").write_text(spec.to_json())
     return folder, holder
+
+
+def exported_weights(spec: EngineSpec, family: str) -> WeightOf:
+    """What an engine of `make_tensorrt_engine` computes with, as floating point."""
+    folder, _ = _exported(spec, family)
+    return stored_weights(folder, spec)
 
 
 def make_tensorrt_engine(

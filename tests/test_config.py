@@ -40,6 +40,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prefill_tokens": 2}, "prefill_tokens", "0 for one chunk"),
     ({"replicas": 2, "autoscaling": {}}, "replicas", "Remove one of the two"),
     ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "autoscaling", "Raise max_replicas"),
+    ({"autoscaling": {"upscale_delay_s": -1}}, "autoscaling.upscale_delay_s", "equal to 0"),
     ({"redis_url": "localhost:6379"}, "redis_url", "redis://host:6379/0"),
     ({"model": "engines/x", "max_chunk": 512}, "max_chunk", "sinkserve build"),
     ({"api_keys_file": "no/such/file"}, "api_keys_file", "Create it"),
@@ -162,6 +163,16 @@ def test_a_group_is_one_actor_with_all_its_gpus(
     options = replica_options(load_config({"model": "engines/x"}), spec_of("cuda", tp_size))
     assert options["ray_actor_options"]["num_gpus"] == tp_size
     assert "placement_group_bundles" not in options
+
+
+def test_autoscaling_reaches_serve_with_its_delays() -> None:
+    fields = {"min_replicas": 2, "max_replicas": 5, "downscale_delay_s": 7.0}
+    config = load_config({"model": "toy", "autoscaling": fields})
+    options = replica_options(config, spec_of("cpu"))
+    assert "num_replicas" not in options
+    asked = options["autoscaling_config"]
+    assert (asked.min_replicas, asked.max_replicas, asked.target_ongoing_requests) == (2, 5, 8)
+    assert (asked.upscale_delay_s, asked.downscale_delay_s) == (30, 7)
 
 
 def test_an_engine_on_cpus_without_a_budget_gets_a_gibibyte() -> None:

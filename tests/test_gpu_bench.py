@@ -7,16 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import report
 from benchmarks.gpu.bars import evaluate
-from benchmarks.gpu.budget import SAVING_S, Budget, Task, fitting, in_order
+from benchmarks.gpu.budget import MOST_PATIENCE_S, SAVING_S, Budget, Task, fitting, in_order
 from benchmarks.gpu.options import chosen_options
-from benchmarks.gpu.process import WorkerFailed, WorkerProcess
-from benchmarks.gpu.results_file import Results, WrongResults
+from benchmarks.gpu.process import WorkerFailed, WorkerProcess, breaks_cuda, describe
+from benchmarks.gpu.results_file import Results, WrongResults, read_document
 from benchmarks.gpu.roofline import (
     Limits,
     decode_work,
@@ -27,7 +28,7 @@ from benchmarks.gpu.roofline import (
     resident_weight_bytes,
     weight_bytes,
 )
-from benchmarks.gpu.run import main
+from benchmarks.gpu.run import Run, main
 from benchmarks.gpu.shapes import (
     BATCHES,
     FULL,
@@ -41,6 +42,7 @@ from benchmarks.gpu.shapes import (
     spec_for,
 )
 from benchmarks.gpu.tasks import SECTIONS, tasks_for
+from benchmarks.gpu.versus import measure_versus
 from tests.gpu_sample import sample_document
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +144,7 @@ def test_a_budget_lets_pass_what_still_fits() -> None:
     assert budget.allows(task("b", 1, 20.0))
     assert budget.timeout_s(task("c", 1, 2.0)) == 8.0
     assert budget.timeout_s(task("d", 1, 20.0)) == pytest.approx(25.0)
+    assert Budget(9000.0, clock).timeout_s(task("e", 1, 240.0)) == 240.0 + MOST_PATIENCE_S
     clock.now += 100
     assert budget.remaining_s == 0.0
     assert not budget.allows(task("b", 1, 0.1))
@@ -156,6 +159,22 @@ def test_the_plan_goes_by_importance_and_fills_what_is_left() -> None:
     assert [t.model for t in left] == ["long"]
     assert in_order(tasks, done={"decode/first"}, only=["decode"])[0].model == "long"
     assert in_order(tasks, only=["age"]) == []
+
+
+def test_what_failed_before_is_tried_last() -> None:
+    tasks = [task("hangs", 0, 10), task("works", 5, 10)]
+    assert [t.model for t in in_order(tasks, failed_before={"decode/hangs"})] == ["works", "hangs"]
+
+
+def test_tensorrt_is_a_call_of_its_own_that_begins_with_the_probe() -> None:
+    tasks = [t for t in tasks_for(FULL) if t.engine == "tensorrt"]
+    chosen, _ = fitting(in_order(tasks), 540)
+    sections = [t.section for t in chosen]
+    assert sections[0] == "tensorrt_sm90"
+    assert sections[1] == "correctness"
+    assert {"decode", "prefill", "age"} <= set(sections)
+    cuda = [t for t in in_order(tasks_for(FULL)) if t.engine == "cuda"]
+    assert max(t.importance for t in cuda if t.section == "decode") < tasks[-1].importance
 
 
 @pytest.mark.parametrize("grid", [FULL, QUICK, TINY_GRID])
@@ -185,14 +204,15 @@ def test_the_first_call_holds_what_the_bars_need() -> None:
 def test_the_bars_of_a_sample() -> None:
     bars = evaluate(sample_document()["sections"])
     verdicts = {(bar.name, bar.point): bar.passed for bar in bars}
-    assert len(bars) == 7
+    assert len(bars) == 8
     at = "llama-3-8b at capacity 2048"
     assert verdicts["speed over StreamingLLM as published", f"{at}, batch 1"]
     assert verdicts["decode, share of the roofline", f"{at}, batch 1"]
     assert not verdicts["decode, share of the roofline", f"{at}, batch 64"]
     assert verdicts["prefill, share of the matmul rate", at]
     assert not verdicts["ms per token over age, largest gap", at]
-    assert sum(not passed for passed in verdicts.values()) == 2
+    assert not verdicts["decode, share of the roofline", f"{at} on TensorRT-RTX, batch 1"]
+    assert sum(not passed for passed in verdicts.values()) == 3
     assert "FAIL" in str(bars[2])
     assert evaluate({}) == []
 
@@ -214,24 +234,56 @@ def test_nan_passes_no_bar() -> None:
             if name in result:
                 result[name] = float("nan")
     failed = [bar for bar in evaluate(document["sections"]) if not bar.passed]
-    assert len(failed) == 4
+    assert len(failed) == 5
 
 
-def test_results_are_saved_whole_and_resumed_on_the_same_card_only(tmp_path: Path) -> None:
+def test_results_are_saved_whole_and_resumed(tmp_path: Path) -> None:
     device = {"name": "Imaginary Card", "l2_bytes": 1}
     results = Results.new(tmp_path, device)
     results.document["sections"]["age/x"] = {"spread": 0.0}
     results.document["failed"]["decode/x"] = "it broke"
     results.save()
-    again = Results.resumed(results.path, tmp_path / "other", device)
+    again = Results.resumed(
+        read_document(results.path), tmp_path / "other" / "x.json", device, ["--only", "age"]
+    )
     assert again.done == {"age/x"}
+    assert again.failed_before == {"decode/x"}
     assert again.document["failed"] == {}
-    assert again.path.parent == tmp_path / "other"
-    with pytest.raises(WrongResults, match="Another Card"):
-        Results.resumed(results.path, tmp_path, {"name": "Another Card"})
+    assert [call["arguments"] for call in again.document["calls"]] == [[], ["--only", "age"]]
+    again.save()
+    assert (tmp_path / "other" / "x.json").is_file()
+    Results.new(tmp_path, device).save()
+    (kept,) = tmp_path.glob("before-*.json")
+    assert read_document(kept)["sections"] == {"age/x": {"spread": 0.0}}
     results.path.write_text("{")
     with pytest.raises(WrongResults, match="--resume"):
-        Results.resumed(results.path, tmp_path, device)
+        read_document(results.path)
+    results.path.write_text("{}")
+    with pytest.raises(WrongResults, match="no result of this version"):
+        read_document(results.path)
+
+
+def test_a_file_that_cannot_be_resumed_costs_no_start_of_a_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path), "--resume", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.log"))
+
+
+def test_another_card_begins_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine that is lent next may have another card: its time is not spent on refusing."""
+    monkeypatch.setattr(Run, "device", lambda run, engine: {"name": "Another Card", "l2_bytes": 1})
+    first = Results.new(tmp_path, {"name": "Imaginary Card", "l2_bytes": 1})
+    first.document["sections"]["age/x"] = {"spread": 0.0}
+    first.save()
+    out = ["--out", str(tmp_path / "out"), "--budget-s", "1"]
+    assert main([*out, "--resume", str(first.path)]) == 0
+    assert "begun anew" in capsys.readouterr().err
+    (path,) = (tmp_path / "out").glob("gpu-another-card-*.json")
+    assert read_document(path)["sections"] == {}
 
 
 def test_the_page_says_that_nothing_was_measured_on_a_gpu(tmp_path: Path) -> None:
@@ -253,10 +305,15 @@ def test_the_page_of_a_sample_has_every_table(tmp_path: Path) -> None:
         "Restoring",
         "Variants",
         "attention",
+        "Whether TensorRT-RTX runs",
+        "TensorRT plans",
         "Not measured",
     ):
         assert title in text
     assert "256 kv_slots do not fit" in text
+    assert "not / supported; in capability" in text
+    assert "the process ended with code -6" in text
+    assert "llama-3-8b on TensorRT-RTX" in text
     assert "compile / broke" in text
     assert "![a.png](a.png)" in text
     assert "**missed**" in text
@@ -321,6 +378,7 @@ def fail(fatal):
 def sleep():
     time.sleep(600)
 def leave():
+    print("last words")
     sys.exit(3)
 handlers = {"add": add, "fail": fail, "sleep": sleep, "leave": leave}
 serve(handlers, lambda error: str(error) == "fatal")
@@ -354,15 +412,17 @@ def test_a_worker_that_hangs_or_dies_is_reported_and_gone(
 ) -> None:
     with child:
         child.call("add", 60, a=0, b=0)
-        with pytest.raises(WorkerFailed, match=said):
+        with pytest.raises(WorkerFailed, match=said) as failure:
             child.call(op, 0.2 if op == "sleep" else 60)
         assert not child.alive
+        assert ("in sleep" if op == "sleep" else "last words") in str(failure.value)
         with pytest.raises(WorkerFailed, match="gone"):
             child.call("add", 1, a=0, b=0)
 
 
 def test_the_plan_can_be_read_without_a_card(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--list", "--only", "decode", "--models", "llama-3-8b"]) == 0
+    only = ["--only", "decode", "--models", "llama-3-8b", "--engine", "cuda"]
+    assert main(["--list", *only]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert all("decode/llama-3-8b" in line for line in lines)
@@ -373,3 +433,71 @@ def test_eight_bit_formats_are_specs_of_the_cuda_target() -> None:
     spec = spec_for(LLAMA_3_8B, 512, 512, "float8")
     assert spec.target == "cuda"
     assert dataclasses.replace(spec, weight_format="float16").kv_bytes == 2
+
+
+def test_a_worker_goes_with_its_parent(tmp_path: Path) -> None:
+    """Also when nothing could be tidied: it would go on holding the card."""
+    (tmp_path / "a_child.py").write_text(CHILD)
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from benchmarks.gpu.process import WorkerProcess\n"
+        f"child = WorkerProcess('a_child', [], Path({str(tmp_path)!r}) / 'log')\n"
+        "child.call('add', 60, a=1, b=1)\n"
+        'child._process.stdin.write(b\'{"op": "sleep"}\\n\'); child._process.stdin.flush()\n'
+        "print(child._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
+    )
+    status = Path(f"/proc/{int(done.stdout)}/status")
+    deadline = time.monotonic() + 60
+    while _runs(status):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _runs(status: Path) -> bool:
+    try:
+        return "(zombie)" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Scripted:
+    """A worker that writes down what it is asked."""
+
+    def __init__(self, name: str, asked: list[str]) -> None:
+        self._name, self._asked = name, asked
+
+    def call(self, op: str, timeout_s: float, **arguments: object) -> dict[str, object]:
+        self._asked.append(f"{self._name} {op}")
+        return {"dtype": "float16"} if op == "open" else {"seconds": [1.0, 2.0]}
+
+
+def test_our_engine_makes_room_before_a_peer_is_opened() -> None:
+    asked: list[str] = []
+    task = Task("versus", "tiny", 0, 30, {"peer": "streaming_llm", "capacity": 16})
+    found = measure_versus(
+        Scripted("subject", asked),  # type: ignore[arg-type]
+        Scripted("peer", asked),  # type: ignore[arg-type]
+        task,
+        60.0,
+        {},
+        TINY_GRID.effort,
+    )
+    assert asked[:2] == ["subject rounds", "peer open"]
+    assert found["ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried", "CUDA error: unspecified launch failure"]
+)
+def test_a_process_that_ran_out_of_memory_is_replaced(words: str) -> None:
+    assert breaks_cuda(RuntimeError(words))
+    assert not breaks_cuda(ValueError("batch 0"))
+
+
+def test_an_error_is_kept_whole() -> None:
+    assert describe(ValueError("x" * 3000)).endswith("x" * 3000)

@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine import open_engine as module
 from engine.open_engine import CPU_BUDGET_BYTES, EngineOptions, open_engine
-from engine.protocol import Engine
+from engine.protocol import Engine, EngineDead
+from engine.rank_executors import RankOptions, SlotCounts, agreed, failed_start
 from engine_build.libraries import LIBRARIES
 from engine_build.manifest import ManifestError, load_manifest, write_manifest
 from engine_build.spec import EngineSpec, SpecError
@@ -94,6 +96,41 @@ def test_a_group_of_ranks_is_an_executor_of_its_own(tiny_engine_dir: Path) -> No
     spec = EngineSpec.from_json((tiny_engine_dir / "spec.json").read_text())
     assert module.executor_of(spec) == "cpu"
     assert module.executor_of(dataclasses.replace(spec, tp_size=2)) == "cpu ranks"
+
+
+@pytest.mark.parametrize(("target", "share", "threads"), [("cpu", 2, 3), ("cuda", 1, 1)])
+def test_what_a_group_gets_is_dealt_out_to_its_ranks(
+    target: str,
+    share: int,
+    threads: int,
+    tiny_engine_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But the memory of a GPU is each rank's own."""
+    opened: list[tuple[RankOptions, dict[str, float]]] = []
+    ranks = SimpleNamespace(
+        TensorParallelEngine=lambda options, timeouts: opened.append((options, timeouts)),
+        RankTimeouts=dict,
+    )
+    monkeypatch.setitem(sys.modules, "engine.ranks", ranks)
+    folder = changed(tiny_engine_dir, tmp_path / "e", tp_size=2, target=target)
+    options = EngineOptions(
+        1 << 22, threads=7, max_running=5, host_memory_bytes=1 << 20, step_timeout_s=9.0
+    )
+    open_engine(folder, options)
+    ((told, timeouts),) = opened
+    assert told.memory_budget_bytes == (1 << 22) // share
+    assert told.host_memory_bytes == (1 << 20) // 2
+    assert (told.threads, told.max_running) == (threads, 5)
+    assert timeouts == {"step_s": 9.0}
+
+
+def test_slots_are_those_that_every_rank_has() -> None:
+    reports = [SlotCounts(5, 2), SlotCounts(3, 7), SlotCounts(4, 9)]
+    assert agreed([one.to_json() for one in reports]) == SlotCounts(3, 2)
+    with pytest.raises(EngineDead, match="rank 1 could not start:\nno room"):
+        agreed([SlotCounts(5).to_json(), failed_start("no room")])
 
 
 def test_opening_a_cpu_engine_loads_no_library_of_gpus(tiny_engine_dir: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.plan_codec import UNSAMPLED, PlanDamaged, decode_plan, encode_plan
-from engine.protocol import Row, SampleRequest, StepPlan
+from engine.protocol import Row, SampleRequest, SlotCopy, StepPlan
 from engine.sampling import SamplingParams
 from engine.window import SinkWindow
 
@@ -29,7 +29,14 @@ def rows(draw: st.DrawFn) -> Row:
     return Row(slot, start, tokens, window, draw(st.integers(0, 2**40)), sample, logits)  # type: ignore[arg-type]
 
 
-PLANS = st.lists(rows(), max_size=5).map(lambda rows: StepPlan(tuple(rows)))
+COPIES = st.builds(
+    SlotCopy, st.sampled_from(["save", "restore"]), st.integers(0, 2**20), st.integers(0, 2**20)
+)
+PLANS = st.builds(
+    StepPlan,
+    st.lists(rows(), max_size=5).map(tuple),
+    st.lists(COPIES, max_size=4).map(tuple),
+)
 PLAN = StepPlan(
     (Row(3, 70, np.arange(5, dtype=np.int32), SinkWindow(4, 36, 40), 9, REQUEST, "all"),)
 )
@@ -38,6 +45,7 @@ PLAN = StepPlan(
 @given(PLANS)
 def test_a_plan_comes_through(plan: StepPlan) -> None:
     got = decode_plan(encode_plan(plan))
+    assert got.copies == plan.copies
     assert len(got.rows) == len(plan.rows)
     for row, wanted in zip(got.rows, plan.rows, strict=True):
         assert row.tokens.dtype == np.int32

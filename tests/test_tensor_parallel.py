@@ -13,21 +13,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import psutil
 import pytest
 
-from engine.open_engine import EngineOptions, open_engine
+from engine.open_engine import open_engine
+from engine.rank_watch import IDLE_S
 from engine_build.build import BuildOptions, build_engine
 from engine_build.manifest import load_manifest
 from engine_build.spec import SpecError, WeightFormat
+from tests.slot_copy_contract import CAPACITY, MAX_CHUNK
 from tests.tiny_models import write_hf_folder
-from tests.tp_script import conversations
+from tests.tp_rank import SLOW_S
+from tests.tp_script import OPTIONS, conversations
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -51,21 +54,28 @@ def engine_dir(family: str, tp_size: int, weight_format: WeightFormat = "float32
 
 @functools.cache
 def one_process(family: str, weight_format: WeightFormat = "float32") -> dict[str, Any]:
-    engine = open_engine(engine_dir(family, 1, weight_format), EngineOptions(1 << 20))
+    engine = open_engine(engine_dir(family, 1, weight_format), OPTIONS)
     return conversations(engine)
 
 
 class Rank0:
     """The script, and what it told so far."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(
+        self, arguments: tuple[object, ...], environ: Mapping[str, str], log: IO[str]
+    ) -> None:
         # A shell of the same process group stands for the others of a node, which must live on.
         shell = ["sh", "-c", '"$@"; echo "{\\"bystander\\": true}"', "sh"]
         command = [*shell, sys.executable, "-m", "tests.tp_script", *map(str, arguments)]
         code = str(Path(__file__).resolve().parent.parent)
-        environ = {**os.environ, "PYTHONPATH": code}
+        self._log = log
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, env=environ, cwd=code, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": code, **environ},
+            cwd=code,
+            start_new_session=True,
         )
         self.told: dict[str, Any] = {}
 
@@ -85,6 +95,10 @@ class Rank0:
     def pid(self) -> int:
         pid: int = self.until("pid")["pid"]
         return pid
+
+    def log(self) -> str:
+        """What it and its ranks said on stderr so far. They write where this reads: the offset is theirs."""
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
     def is_over(self) -> bool:
         """It ended, or its engine did, and no rank is left; nobody else was hurt."""
@@ -107,15 +121,16 @@ def wait_for(check: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def rank0(*arguments: object) -> Iterator[Rank0]:
-    one = Rank0(*arguments)
-    try:
-        yield one
-    finally:
-        for pid in filter(alive, [one.pid, *one.ranks] if "ranks" in one.told else []):
-            os.kill(pid, signal.SIGKILL)
-        assert one.until("bystander").get("bystander"), "the launcher killed a bystander"
-        one.process.wait()
+def rank0(*arguments: object, **environ: str) -> Iterator[Rank0]:
+    with tempfile.TemporaryFile("w+", prefix="sinkserve-tp-") as log:
+        one = Rank0(arguments, environ, log)
+        try:
+            yield one
+        finally:
+            for pid in filter(alive, [one.pid, *one.ranks] if "ranks" in one.told else []):
+                os.kill(pid, signal.SIGKILL)
+            assert one.until("bystander").get("bystander"), "the launcher killed a bystander"
+            one.process.wait()
 
 
 def computed(folder: Path, tmp_path: Path) -> dict[str, Any]:
@@ -133,7 +148,8 @@ def computed(folder: Path, tmp_path: Path) -> dict[str, Any]:
     ("family", "tp_size"), [("llama", 2), ("llama", 4), ("qwen2", 2), ("llama-bias", 2)]
 )
 def test_ranks_compute_what_one_process_does(family: str, tp_size: int, tmp_path: Path) -> None:
-    """Ring wraps, mixed rows, bounded replay; key/value heads on one rank each, or on two."""
+    """Ring wraps, mixed rows, bounded replay, a stay in host memory; key/value heads on one rank each,
+    or on two."""
     got, wanted = computed(engine_dir(family, tp_size), tmp_path), one_process(family)
     assert got.keys() == wanted.keys()
     for name, logits in wanted.items():
@@ -149,6 +165,14 @@ def test_8_bit_ranks_are_as_good_as_8_bits_are(tmp_path: Path) -> None:
     for name in ("chunks", "mixed0", "mixed1", "replay"):
         error = np.abs(got[name] - exact[name]).mean()
         assert error < 1.2 * np.abs(eight[name] - exact[name]).mean(), name
+
+
+def test_ranks_copy_their_parts_of_a_kv_slot(tmp_path: Path) -> None:
+    """The suite of slot_copy_contract.py, on one group."""
+    model = write_hf_folder(tmp_path / "model")
+    options = BuildOptions(CAPACITY, MAX_CHUNK, "float32", tp_size=2)
+    with rank0(build_engine(model, tmp_path / "e", options), "copies") as one:
+        assert len(one.until("passed").get("passed", ())) >= 4, one.log()
 
 
 def test_an_engine_directory_of_ranks_is_whole_and_lends_its_files(tmp_path: Path) -> None:
@@ -214,6 +238,39 @@ def test_a_live_rank_that_lags_is_given_up() -> None:
         os.kill(one.ranks[0], signal.SIGSTOP)
         assert "did not come for 1 s" in one.until("dead")["dead"]
         wait_for(one.is_over)
+
+
+@contextmanager
+def troubled(trouble: str, **timeouts_s: float) -> Iterator[Rank0]:
+    """Two ranks that decode; see tp_rank.py. They would wait for each other for ever."""
+    timeouts = json.dumps({"step_s": 600.0, **timeouts_s})
+    with rank0(engine_dir("llama", 2), "trouble", timeouts, TP_TROUBLE=trouble) as one:
+        assert one.until("running").get("running"), one.log()
+        yield one
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_beats_but_is_stuck_takes_all_down(victim: int) -> None:
+    with troubled(f"lock:{victim}") as one:
+        wait_for(one.is_over)
+        assert f"rank {victim} (process" in one.log()
+        assert "is stuck in a step: it did nothing for 3." in one.log()
+        assert "went_on" not in one.told
+
+
+def test_a_rank_that_computes_for_long_is_waited_for() -> None:
+    """Longer than a stuck one lives; the next step is as fast as ever."""
+    assert SLOW_S > 2 * IDLE_S
+    with troubled("slow:1") as one:
+        assert one.until("went_on").get("went_on"), one.log()
+        assert not one.is_over()
+
+
+@pytest.mark.slow
+def test_a_rank_in_an_endless_loop_is_given_up_when_it_has_used_its_time() -> None:
+    with troubled("loop:1", busy_s=2.0) as one:
+        wait_for(one.is_over)
+        assert "others waited for it while it computed for 2." in one.log()
 
 
 def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import functools
 import numpy as np
 import pytest
 
+from engine.float_reference import FloatDecoder, Passage
 from engine.protocol import EngineDead, Logits, Row, StepPlan
 from engine.tensorrt_engine import TensorRtEngine
 from engine_build.spec import WeightFormat
@@ -34,7 +35,12 @@ from tests.exactness_contract import (
     oracle_logits,
 )
 from tests.reference import Rule
-from tests.tensorrt_on_onnx import OnnxPlanRuntime, make_tensorrt_engine, runtime_of
+from tests.tensorrt_on_onnx import (
+    OnnxPlanRuntime,
+    exported_weights,
+    make_tensorrt_engine,
+    runtime_of,
+)
 from tests.tiny_models import FAMILIES
 
 
@@ -178,6 +184,20 @@ def test_formats_of_the_target_stay_near_float32(
     wanted = oracle_logits(4, 150, family)
     assert MAX_ERROR < error(got, wanted) < most
     assert np.corrcoef(got.ravel(), wanted.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_four_bits_compute_with_what_is_stored(family: str) -> None:
+    """All in float16, against a reference on the rounded weights; rounding them changes a tiny model more."""
+    engine = make_tensorrt_engine(
+        family, capacity=CAPACITY, weight_format="int4", kv_dtype="float16", slots=1
+    )
+    got = feed(engine, random_tokens(7, 150), row_for(window_of(engine.spec, 4)), MIXED)
+    decoder = FloatDecoder(engine.spec.model, exported_weights(engine.spec, family))
+    passage = Passage(random_tokens(7, 150), np.arange(150), 4, CAPACITY - 4)
+    wanted = decoder.head()(decoder.hidden(passage)).astype(np.float32)
+    assert MAX_ERROR < error(got, wanted) < 0.08
+    assert error(oracle_logits(4, 150, family), wanted) > 1
 
 
 def test_what_poisoned_a_slot_does_not_outlive_its_conversation() -> None:

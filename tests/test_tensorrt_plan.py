@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
+from engine_build import plan
 from engine_build.build import BuildOptions, build_engine
 from engine_build.engine_names import GRAPH_FILE, WEIGHTS_FILE
-from engine_build.graph import export_graph
+from engine_build.graph import export_graph, graph_of_inputs
+from engine_build.hf_config import shape_from_config
 from engine_build.manifest import load_engine_spec, load_manifest
-from engine_build.plan import PLAN_FILE, PlanOptions, build_plan
+from engine_build.plan import PLAN_FILE, PlanOptions, build_plan, plan_file
 from engine_build.plan_inputs import cache_row_bytes, num_places
 from engine_build.plan_profiles import Size, decode_buckets, plan_profiles, profile_for
-from engine_build.spec import EngineSpec, SpecError, Target, WeightFormat, kv_dtype_for
+from engine_build.spec import (
+    TARGET_FORMATS,
+    EngineSpec,
+    SpecError,
+    Target,
+    WeightFormat,
+    kv_dtype_for,
+)
+from engine_build.tensors import expected_tensors
 from engine_build.weights import read_weight_file
 from tests.engine_fixtures import cached_tensors, tiny_shape
-from tests.tiny_models import write_hf_folder
+from tests.tiny_models import tiny_config, write_hf_folder
 
 
 def spec_of(
@@ -52,6 +65,57 @@ def test_the_graph_is_valid_onnx_and_small(weight_format: WeightFormat, tmp_path
     weights = set(read_weight_file(tmp_path / WEIGHTS_FILE))
     assert weights < {value.name for value in model.graph.input}
     assert graph.stat().st_size < 40_000
+
+
+def test_matrices_of_four_bits_are_in_the_graph(tmp_path: Path) -> None:
+    """Their bytes stay in the weights file; the rest are inputs as ever."""
+    graph = exported(spec_of("int4"), tmp_path)
+    onnx.checker.check_model(graph, full_check=True)
+    model = onnx.load(graph, load_external_data=False)
+    held = {value.name for value in model.graph.initializer}
+    stored = read_weight_file(tmp_path / WEIGHTS_FILE)
+    inputs = {value.name for value in model.graph.input} & set(stored)
+    assert held | inputs == set(stored)
+    assert {name.split(".", 2)[2] for name in held} == {
+        f"{matrix}.{part}"
+        for matrix in ("qkv", "output", "gate_up", "down")
+        for part in ("levels", "scales")
+    }
+    assert graph.stat().st_size < 40_000
+    with pytest.raises(SpecError, match="holds the weights themselves"):
+        graph_of_inputs(spec_of("int4"))
+
+
+def test_tensorrt_has_larger_blocks_than_rtx(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"blocks of 64 or 128 inputs, and a matrix has 96"):
+        exported(spec_of("int4", "tensorrt"), tmp_path)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_four_bit_ranks_have_plans_of_their_own(tmp_path: Path) -> None:
+    config = {**tiny_config("llama"), "intermediate_size": 128, "num_hidden_layers": 1}
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: rng.standard_normal(size).astype(np.float32)
+        for name, size in expected_tensors(shape_from_config(config)).items()
+    }
+    model = write_hf_folder(tmp_path / "model", config=config, tensors=tensors)
+    options = BuildOptions(32, 12, "int4", "tensorrt-rtx", 2)
+    done: list[float] = []
+    out = build_engine(
+        model,
+        tmp_path / "out",
+        options,
+        lambda step, fraction: done.append(fraction) if "plan" in step else None,
+    )
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    assert not (out / PLAN_FILE).exists()
+    spec = load_engine_spec(out)
+    plans = [plan_file(spec, out, rank) for rank in range(2)]
+    assert [plan.parent.name for plan in plans] == ["rank0", "rank1"]
+    assert plans[0].read_bytes() != plans[1].read_bytes()
+    assert {f"rank{n}/{PLAN_FILE}" for n in range(2)} < set(load_manifest(out, "sha256").files)
 
 
 def test_a_graph_for_tensorrt_is_that_for_rtx(tmp_path: Path) -> None:
@@ -91,7 +155,7 @@ def test_buckets_are_powers_of_two_up_to_all(rows: int, buckets: tuple[int, ...]
 
 
 @pytest.mark.usefixtures("rtx")
-@pytest.mark.parametrize("weight_format", ["float32", "float16", "bfloat16", "int8", "float8"])
+@pytest.mark.parametrize("weight_format", TARGET_FORMATS["tensorrt-rtx"])
 def test_every_format_of_the_target_becomes_a_plan(
     weight_format: WeightFormat, tmp_path: Path
 ) -> None:
@@ -116,10 +180,10 @@ def test_a_plan_may_be_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("rtx")
 def test_hopper_is_refused_by_name(tmp_path: Path) -> None:
-    """TensorRT-RTX 1.7.1 has no name for 9.0; `benchmarks.gpu.tensorrt_sm90` asks for it by number."""
+    """TensorRT-RTX 1.7.1 has no name for 9.0; asked for it by number, it answers in its own words."""
     spec = spec_of()
     options = PlanOptions(compute_capabilities=("9.0",))
-    with pytest.raises(SpecError, match=r"does not build for compute capability 9.0.*8.9, 12.0"):
+    with pytest.raises(SpecError, match=r"capability 9.0 \(.*not supported.*8.9, 12.0.*current"):
         build_plan(
             spec,
             exported(spec, tmp_path),
@@ -127,6 +191,37 @@ def test_hopper_is_refused_by_name(tmp_path: Path) -> None:
             lambda fraction: None,
             options,
         )
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("capability", ["nine", "9", "9.x", ""])
+def test_what_is_no_compute_capability_is_refused(capability: str, tmp_path: Path) -> None:
+    spec = spec_of()
+    options = PlanOptions(compute_capabilities=(capability,))
+    graph = exported(spec, tmp_path)
+    with pytest.raises(SpecError, match="does not build for compute capability"):
+        build_plan(spec, graph, tmp_path / PLAN_FILE, lambda fraction: None, options)
+
+
+class _Seen(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("weight_format", ["float32", "bfloat16"])
+def test_float32_is_not_rounded_to_tf32(
+    weight_format: WeightFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's default rounds factors of float32 products to 10 bits."""
+
+    def look(trt: Any, target: Target, config: Any, wanted: Sequence[str]) -> None:
+        raise _Seen(config.get_flag(trt.BuilderFlag.TF32))
+
+    monkeypatch.setattr(plan, "choose_capabilities", look)
+    spec = spec_of(weight_format)
+    with pytest.raises(_Seen) as seen:
+        build_plan(spec, exported(spec, tmp_path), tmp_path / PLAN_FILE, lambda fraction: None)
+    assert seen.value.args[0] is (weight_format != "float32")
 
 
 @pytest.mark.usefixtures("rtx")

@@ -7,24 +7,38 @@ Prints one JSON line for each thing that happened.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from engine.open_engine import EngineOptions, open_engine
-from engine.protocol import Engine, EngineDead, Logits, Row, SampleRequest, StepPlan
+from engine.protocol import (
+    Engine,
+    EngineDead,
+    Logits,
+    Row,
+    SampleRequest,
+    SlotCopy,
+    StepPlan,
+)
 from engine.sampling import SamplingParams
-from engine_build.spec import SpecError
+from engine_build.manifest import SPEC
+from engine_build.spec import EngineSpec, SpecError
+from tests import tp_rank
 from tests.engine_fixtures import feed, random_tokens, row_for, window_of
+from tests.slot_copy_contract import HOST_SLOTS, SLOTS, SlotCopyContract
 
 LENGTH, OFFSET = 160, 1_000_003
+OPTIONS = EngineOptions(memory_budget_bytes=1 << 20, threads=1, host_memory_bytes=1 << 18)
 SEEDED = SampleRequest(SamplingParams(seed=11), 2, 5, np.zeros(0, np.int32))
 
 
@@ -33,7 +47,8 @@ def tell(**what: Any) -> None:
 
 
 def conversations(engine: Engine) -> dict[str, npt.NDArray[Any]]:
-    """Logits of every way to run tokens: chunks through ring wraps, mixed rows, a bounded replay."""
+    """Logits of every way to run tokens: chunks through ring wraps, mixed rows, a bounded replay, a
+    conversation that lost its kv_slot and came back from host memory."""
     window, chunk = window_of(engine.spec, 4), engine.spec.max_chunk
     tokens = random_tokens(7, LENGTH)
     found = {"chunks": feed(engine, tokens, row_for(window, 0), [1, 3, chunk, 7])}
@@ -53,6 +68,13 @@ def conversations(engine: Engine) -> dict[str, npt.NDArray[Any]]:
     feed(engine, tokens[:4], row_for(window, 1), [4])
     row = row_for(window, 1, OFFSET, OFFSET)
     found["replay"] = feed(engine, tokens[:90], row, [chunk, 1])
+    # Its kv_slot goes to another; it comes back to a third, with a step of its own for each copy or not.
+    engine.step(StepPlan((), (SlotCopy("save", 1, 0),)))
+    feed(engine, tokens, row_for(window, 1), [chunk])
+    row = Row(0, OFFSET + 90, tokens[90:95], window, OFFSET, logits="all")
+    (back,) = engine.step(StepPlan((row,), (SlotCopy("restore", 0, 0),))).rows
+    assert back.logits is not None
+    found["restored"] = back.logits
     drawn = [
         engine.step(StepPlan((Row(2, 0, tokens[:count], window, sample=SEEDED),))).rows[0].token_id
         for count in (1, 2, 3, 9, 12)
@@ -71,31 +93,54 @@ def forever(engine: Engine) -> None:
             index += 1
             if index == 5:
                 tell(running=True)
+            if index == 30:
+                tell(went_on=True)
     except EngineDead as error:
         tell(dead=str(error), at=time.monotonic())
         engine.close()
         time.sleep(60)
 
 
-def opened(engine_dir: Path, scenario: str) -> Engine:
-    if scenario != "deadline":
-        return open_engine(engine_dir, EngineOptions(memory_budget_bytes=1 << 20, threads=1))
-    from engine.rank_executors import RankOptions
-    from engine.ranks import RankTimeouts, TensorParallelEngine
+def opened(engine_dir: Path, scenario: str, argument: str) -> Engine:
+    if scenario == "copies":
+        spec = EngineSpec.from_json((engine_dir / SPEC).read_text(encoding="utf-8"))
+        budgets = (count * spec.slot_bytes for count in (SLOTS, HOST_SLOTS))
+        return open_engine(
+            engine_dir, EngineOptions(next(budgets), host_memory_bytes=next(budgets))
+        )
+    if scenario not in ("deadline", "trouble"):
+        return open_engine(engine_dir, OPTIONS)
+    from engine import ranks
+    from engine.rank_executors import RankOptions, open_executor
 
-    # Nobody looks after processes that do not move: the wait inside a step is what ends it.
-    return TensorParallelEngine(
-        RankOptions(str(engine_dir), 1 << 20), RankTimeouts(rank_s=600, step_s=1)
-    )
+    options = RankOptions(str(engine_dir), 1 << 20)
+    if scenario == "deadline":
+        # Nobody looks after processes that do not move: the wait inside a step is what ends it.
+        return ranks.TensorParallelEngine(options, ranks.RankTimeouts(rank_s=600, step_s=1))
+    group = functools.partial(ranks.RankGroup, module=tp_rank.__name__)
+    opener = functools.partial(tp_rank.open_troubled, whole=open_executor)
+    with patch.object(ranks, "RankGroup", group), patch.object(ranks, "open_executor", opener):
+        return ranks.TensorParallelEngine(options, ranks.RankTimeouts(**json.loads(argument)))
+
+
+def check_copies(engine: Engine) -> None:
+    """The suite of slot_copy_contract.py, in the process that has the engine."""
+    contract = SlotCopyContract()
+    names = [name for name in dir(contract) if name.startswith("test_")]
+    for name in names:
+        getattr(contract, name)(engine)
+    engine.close()
+    tell(passed=names)
 
 
 def main(engine_dir: Path, scenario: str, out: str) -> None:
     try:
-        engine = opened(engine_dir, scenario)
+        engine = opened(engine_dir, scenario, out)
     except (EngineDead, SpecError) as error:
         tell(refused=str(error))
         return
-    ranks = [p.pid for p in psutil.Process().children(True) if "engine.ranks" in p.cmdline()]
+    programs = {"engine.ranks", "tests.tp_rank"}
+    ranks = [p.pid for p in psutil.Process().children(True) if programs & set(p.cmdline())]
     tell(pid=os.getpid(), ranks=ranks, max_resident=engine.max_resident)
     if scenario == "compute":
         np.savez(out, **conversations(engine))  # type: ignore[arg-type]
@@ -112,6 +157,8 @@ def main(engine_dir: Path, scenario: str, out: str) -> None:
         tell(closed=True)
         time.sleep(1.0)  # long enough for a launcher that would end us
         tell(lived=True)
+    elif scenario == "copies":
+        check_copies(engine)
     elif scenario == "idle":
         time.sleep(float(out))
         tell(idle=True)

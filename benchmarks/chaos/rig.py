@@ -29,6 +29,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.chaos.app import ENGINE_NODE, FRONT_NODE
 from benchmarks.chaos.store_server import StoreServer, free_port
+from deployments.config import load_config
 
 APPLICATION = "sinkserve"
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -98,6 +99,7 @@ class Rig:
         self._gcs_port = free_port()
         self._before: dict[str, str | None] = {}
         self._fields: dict[str, Any] = {}
+        self._scaling: dict[str, Any] | None = None
         self.cluster: Any = None
 
     @property
@@ -179,24 +181,38 @@ class Rig:
         """A driver dies with the head's node: it must be none while that is killed."""
         ray.shutdown()
 
-    def deploy(self, fields: Mapping[str, Any] | None = None) -> None:
+    def deploy(
+        self,
+        fields: Mapping[str, Any] | None = None,
+        scaling: Mapping[str, Any] | None = None,
+        router: str = "",
+    ) -> None:
         """What `serve deploy` does; returns when the application is as wanted.
 
         `fields` come on top of the rig's own, with `switched_off` for the safeguards of `app.build`.
+        `scaling` is Serve's autoscaling_config, in place of a number of replicas; `router` another class
+        of router. Both must be named again each time.
         """
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
         self._fields = dict(fields or {})
+        self._scaling = None if scaling is None else dict(scaling)
+        replicas: dict[str, Any] = {"name": "SinkReplica", "num_replicas": self.num_replicas}
+        if self._scaling is not None:
+            replicas = {"name": "SinkReplica", "autoscaling_config": self._scaling}
+        if router:
+            period_s = load_config(self._base).stats_period_s
+            replicas["request_router_config"] = {
+                "request_router_class": router,
+                "request_routing_stats_period_s": period_s,
+            }
         application = {
             "name": APPLICATION,
             "route_prefix": "/",
             "import_path": "benchmarks.chaos.app:build",
             "args": {**self._base, "redis_url": self.store.url, **self._fields},
-            "deployments": [
-                {"name": "SinkReplica", "num_replicas": self.num_replicas},
-                {"name": "Ingress"},
-            ],
+            "deployments": [replicas, {"name": "Ingress"}],
         }
         client: Any = _get_global_client()
         schema = ServeDeploySchema.model_validate({"applications": [application]})
@@ -208,10 +224,19 @@ class Rig:
         rounds = float(self._fields.get("step_timeout_s", 120.0)) + 1.0
         self.deploy({**self._fields, "step_timeout_s": rounds})
 
+    def scale(self, num_replicas: int) -> None:
+        """The same with another number of replicas; those that stay notice nothing."""
+        self.num_replicas = num_replicas
+        self.deploy(self._fields)
+
+    def has_all(self, count: int) -> bool:
+        """Whether so many replicas are as many as were wanted; with `scaling` any number is."""
+        return count == self.num_replicas or (self._scaling is not None and count > 0)
+
     def await_ready(self, within_s: float = READY_S) -> float:
         """Wait until every replica answers; returns how long that took, seconds."""
         started_s = time.monotonic()
-        self.wait(lambda: len(self.healthy()) == self.num_replicas, within_s)
+        self.wait(lambda: self.has_all(len(self.healthy())), within_s)
         return time.monotonic() - started_s
 
     def healthy(self) -> dict[str, dict[str, float]]:

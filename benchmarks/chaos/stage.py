@@ -210,7 +210,7 @@ async def _leaks(stage: Stage) -> Violations:
 
     def is_idle() -> bool:
         figures = stage.rig.healthy().values()
-        return len(figures) == stage.rig.num_replicas and all(
+        return stage.rig.has_all(len(figures)) and all(
             not one["running_turns"]
             and not one["waiting_turns"]
             and one["free_slots"] + one["resident_conversations"] == one["kv_slots"]

@@ -7,7 +7,7 @@ import numpy as np
 from engine.collective import Collective
 from engine.plan_codec import encode_plan
 from engine.protocol import Engine, RowResult, StepPlan, StepResult
-from engine.rank_executors import RankOptions
+from engine.rank_executors import RankOptions, SlotCounts
 from engine.ranks import RankGroup, RankTimeouts, main
 from engine.toy_engine import byte_spec
 from engine_build.spec import EngineSpec
@@ -22,7 +22,7 @@ class RankedToy:
         self._toy = toy
         options = RankOptions("", memory_budget_bytes=None)
         self._group = RankGroup(NUM_RANKS, options, RankTimeouts(), module=__name__)
-        self._group.ready(toy.max_resident)
+        self._group.ready(SlotCounts(toy.max_resident))
 
     @property
     def spec(self) -> EngineSpec:

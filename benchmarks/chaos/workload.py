@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from benchmarks.chaos.client import ChaosClient, ClientOptions
@@ -34,7 +35,9 @@ class _Trap:
 
 
 class Workload:
-    """Use `start`, then traps and faults, then `finish`."""
+    """Use `start`, then traps and faults, then `finish`. `turn_ended` is awaited after every turn."""
+
+    turn_ended: Callable[[ChaosClient], Awaitable[None]] | None = None
 
     def __init__(self, options: ClientOptions, scale: Scale) -> None:
         self._rng = random.Random(scale.seed)
@@ -42,6 +45,8 @@ class Workload:
         self._traps: list[_Trap] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
+        self._resting: set[int] = set()
+        self._options = options
         self.clients = [ChaosClient(options, self._noticed) for _ in range(scale.num_clients)]
 
     async def start(self) -> None:
@@ -53,11 +58,27 @@ class Workload:
                 break
             await asyncio.sleep(0.05)
 
+    async def join(self, count: int) -> list[ChaosClient]:
+        """More clients, with new conversations. Raises httpx.HTTPError."""
+        joined = [ChaosClient(self._options, self._noticed) for _ in range(count)]
+        await asyncio.gather(*(client.create() for client in joined))
+        self.clients += joined
+        self._tasks += [asyncio.create_task(self._talk(client)) for client in joined]
+        return joined
+
+    def rest(self, clients: Iterable[ChaosClient]) -> None:
+        """They end the turn they are in and ask for no more until `finish`."""
+        self._resting |= {id(client) for client in clients}
+
+    async def return_once(self, clients: Iterable[ChaosClient]) -> None:
+        """One more turn of each of these that rest, all at once."""
+        await asyncio.gather(*(self._turn(client) for client in clients))
+
     async def finish(self) -> None:
         """Let every client end its turn and have one more in peace."""
         self._stopping = True
         await asyncio.gather(*self._tasks)
-        await asyncio.gather(*(client.say(self.ask()) for client in self.clients))
+        await asyncio.gather(*(self._turn(client) for client in self.clients))
 
     async def stop(self) -> None:
         """At once, whatever is running."""
@@ -93,8 +114,13 @@ class Workload:
         return Asked(text, self._max_tokens, rng.getrandbits(32), temperature, stop)
 
     async def _talk(self, client: ChaosClient) -> None:
-        while not self._stopping:
-            await client.say(self.ask())
+        while not self._stopping and id(client) not in self._resting:
+            await self._turn(client)
+
+    async def _turn(self, client: ChaosClient) -> None:
+        await client.say(self.ask())
+        if self.turn_ended is not None:
+            await self.turn_ended(client)
 
     def _noticed(self, client: ChaosClient) -> None:
         for trap in self._traps:

@@ -1,1 +1,1 @@
-"""The CUDA engine on one GPU: checked, measured, beside its peers and the card's limits."""
+"""Our engines on one GPU: checked, measured, beside its peers and the card's limits."""

@@ -6,6 +6,8 @@ contents; plans that are built there stay in it too, for the next process. Nothi
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import lzma
@@ -24,6 +26,7 @@ LIBRARY_VARIABLE = "SINKSERVE_TENSORRT_RTX"
 
 LIBS = "tensorrt-rtx-libs.tar.xz"
 GRAPHS = "graphs"
+_BLOCK = 1 << 20
 
 
 class NotCarried(Absent):
@@ -45,6 +48,7 @@ def ensure_library(carry: Path = CARRY) -> str:
     Taken first: what is installed, then the folder of `LIBRARY_VARIABLE`, then the archives. The library
     loads its own shared objects by path, so the module search path is all that is set.
     """
+    _preload_compiler()
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         return "installed"
     named = os.environ.get(LIBRARY_VARIABLE)
@@ -78,8 +82,7 @@ def unpacked(carry: Path = CARRY, python: str | None = None) -> Path:
         part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
         try:
             for archive in archives:
-                with tarfile.open(archive, "r:xz") as tar:
-                    tar.extractall(part, filter="data")
+                _extract(archive, part)
             part.replace(folder)
         except (OSError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
             shutil.rmtree(part, ignore_errors=True)
@@ -88,6 +91,25 @@ def unpacked(carry: Path = CARRY, python: str | None = None) -> Path:
                     f"{carry.name}/ cannot be unpacked ({error}): pack again"
                 ) from error
     return folder
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """All of an archive, read to its end: the sum that xz wrote there is checked."""
+    with lzma.open(archive) as stream:
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            tar.extractall(folder, filter="data")
+        while stream.read(_BLOCK):
+            pass
+
+
+def _preload_compiler() -> None:
+    """Load CUDA's runtime compiler from torch's packages, where no search path leads: the library looks for
+    one by its bare name, and finds what a process has loaded already."""
+    found = importlib.util.find_spec("nvidia")
+    for folder in (found and found.submodule_search_locations) or ():
+        for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def carried_graph(fingerprint: str, carry: Path = CARRY) -> Path | None:

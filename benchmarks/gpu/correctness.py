@@ -1,4 +1,4 @@
-"""The CUDA engine against the float32 reference, on the card, before anything is timed.
+"""An engine against the float32 reference, on the card, before anything is timed.
 
 The model's real widths with few layers and a small vocabulary, so that the reference fits and every
 logit can be compared. The error of a check is ||got - wanted|| / ||wanted|| over all its logits. A check

@@ -16,6 +16,7 @@ from engine_build.spec import ModelShape
 _COPY_BYTES = 4 << 30
 _SQUARE = 8192
 _LAUNCHES = 200
+_WAKE_S = 1.5
 
 
 def measure_limits(device: str, models: dict[str, ModelShape], tiny: bool) -> dict[str, Any]:
@@ -23,6 +24,8 @@ def measure_limits(device: str, models: dict[str, ModelShape], tiny: bool) -> di
     launch overhead, and copies to and from pinned host memory. `tiny` for a machine without a card.
     """
     copy_bytes = 1 << 22 if tiny else _COPY_BYTES
+    if not tiny:
+        _wake(device)
     return {
         **_bandwidth(device, copy_bytes),
         **_matmul(device, 128 if tiny else _SQUARE),
@@ -32,6 +35,17 @@ def measure_limits(device: str, models: dict[str, ModelShape], tiny: bool) -> di
         **_launches(device),
         **_host_copies(device, copy_bytes // 4),
     }
+
+
+def _wake(device: str) -> None:
+    """Keep the card busy until its clocks are up: limits measured on a card that was idle would be too low,
+    and every share of them too high."""
+    x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    end = time.monotonic() + _WAKE_S
+    while time.monotonic() < end:
+        for _ in range(20):
+            torch.mm(x, x)
+        synchronize(device)
 
 
 def _bandwidth(device: str, size: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Results:
 
     @classmethod
     def new(cls, folder: Path, device: dict[str, Any], arguments: Sequence[str] = ()) -> Results:
-        """`folder`/gpu-CARD-DATE.json. Raises WrongResults where that is there already."""
+        """`folder`/gpu-CARD-DATE.json; one that is there already is kept under another name."""
         day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
         folder.mkdir(parents=True, exist_ok=True)
         card = "".join(c if c.isalnum() else "-" for c in str(device["name"]).lower()).strip("-")
@@ -51,33 +51,25 @@ class Results:
         }
         path = folder / f"gpu-{card}-{day}.json"
         if path.exists():
-            raise WrongResults(
-                f"{path} is there already: go on with --resume, or name another --out"
-            )
+            changed = int(path.stat().st_mtime)
+            path.replace(path.with_name(f"before-{changed}-{path.name}"))
         return cls(path, document)
 
     @classmethod
     def resumed(
-        cls, earlier: Path, folder: Path, device: dict[str, Any], arguments: Sequence[str] = ()
+        cls,
+        earlier: dict[str, Any],
+        path: Path,
+        device: dict[str, Any],
+        arguments: Sequence[str] = (),
     ) -> Results:
-        """Go on from `earlier`, writing into `folder`. Raises WrongResults for another card's file."""
-        try:
-            document = json.loads(earlier.read_text())
-        except (OSError, ValueError) as error:
-            raise WrongResults(f"{earlier}: {error}. Start without --resume") from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise WrongResults(f"{earlier} is no result of this version. Start without --resume")
-        there = document["device"]["name"]
-        if there != device["name"]:
-            raise WrongResults(
-                f"{earlier} was measured on {there}, this is {device['name']}: figures of two cards "
-                "are not mixed. Start without --resume"
-            )
-        failed = frozenset(document["failed"])
-        document["failed"], document["skipped"] = {}, {}
-        document.setdefault("calls", []).append(_call(device, arguments))
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder / earlier.name, document, failed)
+        """Go on from `earlier`, a document of the same card, writing it to `path`. Figures of two cards are
+        not mixed: see `card_of`."""
+        failed = frozenset(earlier["failed"])
+        earlier["failed"], earlier["skipped"] = {}, {}
+        earlier.setdefault("calls", []).append(_call(device, arguments))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls(path, earlier, failed)
 
     @property
     def done(self) -> set[str]:
@@ -92,6 +84,22 @@ class Results:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.document, indent=2) + "\n")
         os.replace(part, self.path)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The document of an earlier call. Raises WrongResults for a file that is none."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WrongResults(f"{path}: {error}. Start without --resume") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise WrongResults(f"{path} is no result of this version. Start without --resume")
+    return document
+
+
+def card_of(document: dict[str, Any]) -> str:
+    """The name of the card that a document is of."""
+    return str(document["device"]["name"])
 
 
 def _call(device: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:

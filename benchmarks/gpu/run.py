@@ -28,7 +28,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from benchmarks.gpu.bars import evaluate
 from benchmarks.gpu.budget import Budget, Task, fitting, in_order
 from benchmarks.gpu.options import chosen_options, plan_capabilities
 from benchmarks.gpu.process import WorkerFailed, WorkerProcess
-from benchmarks.gpu.results_file import Results, WrongResults
+from benchmarks.gpu.results_file import Results, WrongResults, card_of, read_document
 from benchmarks.gpu.shapes import FULL, MODELS, QUICK, TINY_GRID, Grid
 from benchmarks.gpu.tasks import NEED_LIMITS, SECTIONS, tasks_for
 from benchmarks.gpu.tensorrt_sm90 import probe
@@ -56,9 +56,9 @@ class Run:
         self._subject: WorkerProcess | None = None
         self._engine = ""
 
-    def device(self) -> dict[str, Any]:
-        """What the card is. Raises WorkerFailed where there is none."""
-        return self._started_subject("cuda").call("device", START_S)
+    def device(self, engine: str) -> dict[str, Any]:
+        """What the card is, by the process of `engine`. Raises WorkerFailed where there is none."""
+        return self._started_subject(engine).call("device", START_S)
 
     def execute(self, task: Task, results: Results, timeout_s: float) -> dict[str, Any]:
         """One task's result. Raises WorkerFailed."""
@@ -67,13 +67,14 @@ class Run:
         given: dict[str, Any] = {"limits": _limits_in(results)}
         sections = results.document["sections"]
         if task.engine == "tensorrt":
+            _check_runnable(task, results.document["failed"])
             given["capabilities"] = _capabilities_in(sections)
         else:
             given["options"] = chosen_options(sections, task.model)
         subject = self._started_subject(task.engine)
         if task.section == "versus":
             module = "benchmarks.gpu.peers"
-            log = self._out / f"peer-{task.parameters['peer']}.log"
+            log = self._out / "peers.log"
             with WorkerProcess(module, ["--device", self._device], log) as peer:
                 return measure_versus(
                     subject, peer, task, timeout_s, given, GRIDS[self._size].effort
@@ -117,6 +118,17 @@ def _limits_in(results: Results) -> dict[str, Any] | None:
         "matmul": measured["matmul_operations_per_s"],
         "l2_bytes": results.document["device"]["l2_bytes"],
     }
+
+
+def _check_runnable(task: Task, failed: Mapping[str, str]) -> None:
+    """Raises WorkerFailed, as `absent`, if TensorRT's engine could not even be checked in this call: what
+    crashed or hung once would do so in each of its sections."""
+    if task.section == "correctness":
+        return
+    for key in failed:
+        if key.startswith("correctness/") and "/engine=tensorrt/" in key:
+            problem = f"TensorRT's engine could not be checked: see {key}"
+            raise WorkerFailed(f"{problem} (--only {task.section} tries it)", True, absent=True)
 
 
 def _capabilities_in(sections: dict[str, Any]) -> list[str]:
@@ -197,11 +209,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     run = Run(options.device, size, options.out)
     try:
-        device = run.device()
-        if options.resume is None:
+        # Before the card is waited for: a wrong file must not cost its time.
+        earlier = None if options.resume is None else read_document(options.resume)
+        device = run.device(options.engine or "cuda")
+        if earlier is not None and card_of(earlier) != device["name"]:
+            was = card_of(earlier)
+            print(
+                f"{options.resume} is of {was}, this is {device['name']}: begun anew",
+                file=sys.stderr,
+            )
+            earlier = None
+        if earlier is None:
             results = Results.new(options.out, device, given)
         else:
-            results = Results.resumed(options.resume, options.out, device, given)
+            path = options.out / options.resume.name
+            results = Results.resumed(earlier, path, device, given)
         again = {key for key in results.done if key.split("/", 1)[0] in options.again}
         left = in_order(tasks, options.only, results.done - again, results.failed_before)
         measure_all(run, results, left, budget)

@@ -139,7 +139,7 @@ def _tensorrt(grid: Grid) -> Iterator[Task]:
     middle, small = _middle(grid), {"capacity": 64, "chunk": 32}
     ordered = _by_importance(grid)
     yield task("correctness", ordered[0], 0, 90, **small)
-    yield task("correctness", ordered[0], 1, 90, **{**small, "format": "float32"})
+    yield task("correctness", ordered[0], 13, 90, **{**small, "format": "float32"})
     for number, model in enumerate(ordered):
         place = 10 + 10 * number
         yield task("decode", model, place, 90, capacity=middle)

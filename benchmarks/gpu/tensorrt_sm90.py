@@ -101,13 +101,21 @@ def probe(timeout_s: float, log: Path) -> dict[str, Any]:
 
 
 class _Prober:
-    """The child: has the library, keeps what it says."""
+    """The child: loads the library when it is first asked, and keeps what it says."""
 
     def __init__(self) -> None:
-        self._origin = ensure_library()
+        self._trt: Any = None
+        self._logger: Any = None
+        self._said: list[str] = []
+
+    def _load(self) -> str:
+        """Returns where the library comes from. Raises NotCarried."""
+        origin = ensure_library()
+        if self._trt is not None:
+            return origin
         import tensorrt_rtx as trt
 
-        said: list[str] = []
+        said = self._said
 
         class Messages(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -117,17 +125,17 @@ class _Prober:
                 if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR, trt.ILogger.WARNING):
                     said.append(text)
 
-        self._trt: Any = trt
-        self._logger = Messages()
-        self._said = said
+        self._trt, self._logger = trt, Messages()
+        return origin
 
     def library(self) -> dict[str, Any]:
+        origin = self._load()
         members = self._trt.ComputeCapability.__members__
         numbers = sorted(int(name[2:]) for name in members if name.startswith("SM"))
         return {
             "library": {
                 "version": self._trt.__version__,
-                "from": self._origin,
+                "from": origin,
                 "names": [f"{number // 10}.{number % 10}" for number in numbers],
             },
             "gpu": _gpu(),
@@ -137,6 +145,7 @@ class _Prober:
         """Build one way, and what becomes of the plan; never raises."""
         given = Way(**{**way, "capabilities": tuple(way["capabilities"])})
         entry: dict[str, Any] = {"plan_bytes": None}
+        self._load()
         self._take()
         try:
             plan = self._build(given)

@@ -3,8 +3,8 @@
 The same layers as linear.py, in the same two ways, activations being 16-bit. `unpack` is for more tokens than
 that: rows of a matrix as 16-bit numbers, for the vendor's library.
 
-`parts`: groups in a block of 128 inputs; `per_group`: levels of a word in each. `even`: no block of inputs ends
-beyond the last input, so that none is looked out for.
+`parts`: groups in a block of 128 inputs; `per_group`: levels of a word in each. `even`: no block of inputs
+ends beyond the last input, so that none is looked out for.
 
 Unpacking has to be cheap: at the speed of memory a multiprocessor has about three instructions for a weight,
 and converting an integer costs more. So levels become floats by being put into a mantissa. `vector_packed`
@@ -104,11 +104,24 @@ def _fraction(words, slot: tl.constexpr):
     Slots 1 and 2, 3 and 4, 5 and 6 lie side by side after one shift.
     """
     left: tl.constexpr = (15 if slot % 2 else 19) - 4 * slot
-    if left >= 0:
-        moved = words << left
-    else:
-        moved = words >> -left
+    moved = words << left if left >= 0 else words >> -left
     return _into(moved, 0x78000 if slot % 2 else 0x780000, 0x3F800000)
+
+
+@triton.jit
+def _wait(row, row2, num_words, gated: tl.constexpr, lines: tl.constexpr):
+    """For the kernel before; weights do not depend on it, and are fetched meanwhile."""
+    gdc_launch_dependents()
+    prefetch(row, num_words, lines, _LINE)
+    if gated:
+        prefetch(row2, num_words, lines, _LINE)
+    gdc_wait()
+
+
+@triton.jit
+def _scaled(total, added, scales, inside):
+    """Sums of a group without what was added to its levels, times its scales."""
+    return (total - added[None, :]) * tl.load(scales, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -176,13 +189,8 @@ def _vector_packed(
     squares = tl.zeros((block_w,), tl.float32)
     acc = tl.zeros((block_n, block_w), tl.float32)
     acc2 = tl.zeros((block_n, block_w), tl.float32)
-    # Weights do not depend on the kernel before, so they are fetched while it ends; activations do.
     if overlap:
-        gdc_launch_dependents()
-        prefetch(row, num_words, lines, _LINE)
-        if gated:
-            prefetch(row2, num_words, lines, _LINE)
-        gdc_wait()
+        _wait(row, row2, num_words, gated, lines)
     for start in range(0, num_words, block_w):
         inside = wanted[:, None] & ((start + t < num_words) | even)[None, :]
         # The next words are on their way while these are multiplied.
@@ -206,22 +214,17 @@ def _vector_packed(
             if normed:
                 squares += value * value
                 value *= tl.load(norm + at, mask=left, other=0.0).to(tl.float32)
-            if slot % 2:
-                added += 16.5 * value
-                value *= 16.0
-            else:
-                added += 1.5 * value
+            value *= 16.0 if slot % 2 else 1.0
+            added += value * (1.03125 if slot % 2 else 1.5)
             total += _fraction(w, slot) * value[None, :]
             if gated:
                 total2 += _fraction(w2, slot) * value[None, :]
             if slot % per_group == per_group - 1:
                 here = scales + (start // _WORDS * parts + slot // per_group)
-                factor = tl.load(here, mask=inside, other=0.0).to(tl.float32)
-                acc += (total - added[None, :]) * factor
+                acc += _scaled(total, added, here, inside)
                 if gated:
-                    here += num_outputs.to(tl.int64) * num_scales
-                    factor = tl.load(here, mask=inside, other=0.0).to(tl.float32)
-                    acc2 += (total2 - added[None, :]) * factor
+                    there = here + num_outputs.to(tl.int64) * num_scales
+                    acc2 += _scaled(total2, added, there, inside)
         w = following
         w2 = following2
     whole = 16.0
@@ -270,12 +273,8 @@ def _tile_packed(
     acc = tl.zeros((block_n, block_m), tl.float32)
     acc2 = tl.zeros((block_n, block_m), tl.float32)
     if overlap:
-        gdc_launch_dependents()
-        prefetch(row, num_words, lines, _LINE)
-        if gated:
-            prefetch(row2, num_words, lines, _LINE)
-        gdc_wait()
-    for block in range(0, num_words // _WORDS):
+        _wait(row, row2, num_words, gated, lines)
+    for block in range(num_words // _WORDS):
         words = block * _WORDS + t[None, :]
         w = tl.load(row[:, None] + words, eviction_policy="evict_first")
         w2 = w
