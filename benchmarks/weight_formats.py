@@ -39,7 +39,7 @@ from engine_build.demo import fetch_demo_model
 from engine_build.files import sinkserve_home
 from engine_build.graph import export_graph
 from engine_build.lowering_cuda import LARGEST_FLOAT8
-from engine_build.spec import EngineSpec, KvDtype, ModelShape, WeightFormat, kv_dtype_for
+from engine_build.spec import EngineSpec, KvDtype, ModelShape, Target, WeightFormat, kv_dtype_for
 from engine_build.stored_weights import checkpoint_weights, stored_weights
 from engine_build.tensors import Checkpoint
 
@@ -207,7 +207,7 @@ def measure_format(
 ) -> Iterator[Measured]:
     """The weights' rounding; then the executor, where the format has a CUDA engine."""
     shape = checkpoint.shape
-    target = "cpu" if weight_format == "int8" else "cuda"
+    target: Target = "cpu" if weight_format == "int8" else "cuda"
     spec = EngineSpec(shape, 512, 64, weight_format, kv_dtype_for(weight_format), target)
     with tempfile.TemporaryDirectory() as folder:
         export_graph(spec, checkpoint.tensors, Path(folder), lambda fraction: None)
@@ -262,8 +262,8 @@ def main() -> int:
         shape, checkpoint_weights(options.model or fetch_demo_model(home), shape)
     )
     exact = decoder, decoder.hidden(passage)
-    logits = (_reference_logits(*exact) for _ in range(2))
-    measured = [compare("nothing rounded", "float32", *logits, token_ids)]
+    logits, again = _reference_logits(*exact), _reference_logits(*exact)
+    measured = [compare("nothing rounded", "float32", logits, again, token_ids)]
     for weight_format in options.formats:
         for one in measure_format(weight_format, checkpoint, exact, passage):
             measured.append(one)

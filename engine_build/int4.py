@@ -142,7 +142,8 @@ def from_words(
 def to_pairs(levels: Levels, scales: npt.NDArray[Any]) -> tuple[Bytes, npt.NDArray[Any]]:
     """Levels and scales as bytes uint8 [inputs, outputs / 2] and scales [groups, outputs]."""
     by_input = np.ascontiguousarray(levels.T).view(np.uint8) & 15
-    return by_input[:, ::2] | by_input[:, 1::2] << 4, np.ascontiguousarray(scales.T)
+    pairs: Bytes = by_input[:, ::2] | by_input[:, 1::2] << 4
+    return pairs, np.ascontiguousarray(scales.T)
 
 
 def from_pairs(pairs: Bytes, scales: npt.NDArray[Any]) -> tuple[Levels, npt.NDArray[Any]]:

@@ -129,8 +129,8 @@ class TensorRtLowering:
         if not self._is_quantised(weight.name):
             return {weight.name: values.astype(self._dtype)}
         if self._spec.weight_format == "int4":
-            levels, scales = int4.to_pairs(*int4.quantise(values, self._dtype))
-            return {weight.name + LEVELS: levels, weight.name + SCALES: scales}
+            pairs, block_scales = int4.to_pairs(*int4.quantise(values, self._dtype))
+            return {weight.name + LEVELS: pairs, weight.name + SCALES: block_scales}
         level_dtype, largest = _LEVEL_DTYPES[self._spec.weight_format]
         scales = np.abs(values).max(axis=1) / np.float32(largest)
         scales = np.where(scales > 0, scales, 1).astype(self._dtype)

