@@ -136,7 +136,7 @@ class ProgressWatch:
 
     def look(self, now_s: float, signs: Sequence[Signs]) -> list[Stuck]:
         """The ranks that are stuck, as far as is known by now."""
-        gap_s = 0.0 if self._looked_s is None else min(now_s - self._looked_s, self._longest_gap_s)
+        gap_s = 0.0 if self._looked_s is None else now_s - self._looked_s
         self._looked_s = now_s
         front = max(one.points for one in signs)
         for rank, one in enumerate(signs):
