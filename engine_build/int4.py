@@ -141,8 +141,8 @@ def from_words(
 
 def to_pairs(levels: Levels, scales: npt.NDArray[Any]) -> tuple[Bytes, npt.NDArray[Any]]:
     """Levels and scales as bytes uint8 [inputs, outputs / 2] and scales [groups, outputs]."""
-    by_input = np.ascontiguousarray(levels.T).view(np.uint8) & np.uint8(15)
-    pairs: Bytes = by_input[:, ::2] | by_input[:, 1::2] << np.uint8(4)
+    by_input = np.ascontiguousarray(levels.T).view(np.uint8) & 15
+    pairs = (by_input[:, ::2] | by_input[:, 1::2] << 4).astype(np.uint8)
     return pairs, np.ascontiguousarray(scales.T)
 
 
