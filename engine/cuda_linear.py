@@ -94,9 +94,10 @@ def default_choice(weights: Weights, tokens: int, num_processors: int) -> Choice
         outputs = 64
         while outputs > 16 and weights.num_outputs < outputs * num_processors * outputs // 32:
             outputs //= 2
-        if float8 and tokens <= WORD:
-            # A warp turns 16 outputs to bfloat16; more warps than that would do it over again.
-            return Choice("tile", Blocks(32, 128, 2 if outputs > 16 else 4, 5))
+        if float8:
+            # A warp turns 16 outputs to bfloat16; more than two warps would do it over again.
+            few = outputs == 16 and tokens <= WORD
+            return Choice("tile", Blocks(32, 128, 4 if few else 2, 4))
         stages = 3 if weights.gated else 4 if outputs > 16 else 6
         return Choice("tile", Blocks(outputs, 128, 4, stages))
     return LIBRARY

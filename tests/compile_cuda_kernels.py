@@ -51,15 +51,15 @@ TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 Key = tuple[int, ...]
-case = ""
+case = [""]
 """What the launches that follow are for."""
 seen: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A kernel's machine code: `stack` bytes of a thread beyond its registers, `shared` bytes, `blocks` of it on
-    a processor at once by registers, shared memory and threads."""
+    """A kernel's machine code, `shared` bytes, and how many `blocks` of it are on a processor at once by
+    registers, shared memory and threads."""
 
     kernel: str
     case: str
@@ -102,11 +102,11 @@ def compile_only(self: Any, *args: Any, **named: Any) -> None:
     code = machine_code(kernel.asm["cubin"])
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     blocks = resident(code.registers, warps, shared)
-    print(Compiled(self.fn.__name__, case, warps, shared, blocks, code).line(), flush=True)
+    print(Compiled(self.fn.__name__, case[0], warps, shared, blocks, code).line(), flush=True)
 
 
 def resident(registers: int, warps: int, shared: int) -> int:
-    """Blocks on a processor of SM 90: 64 Ki registers (dealt out to warps by 256), 227 KiB, 64 warps, 32 blocks."""
+    """Blocks on a processor of SM 90: 64 Ki registers (dealt out by 256), 227 KiB, 64 warps, 32 blocks."""
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
     return min(by_registers, 227 * 1024 // (shared + 1024), 64 // warps, 32)
 
@@ -117,7 +117,8 @@ def empty(*size: int, dtype: Any = torch.bfloat16) -> Any:
 
 def layers(model: ModelShape, matrix: Any) -> Iterator[tuple[str, Weights, Norm | None, bool]]:
     """Name, weights, norm, whether into the residual stream."""
-    scaled, hidden, inner = matrix == torch.float8_e4m3fn, model.hidden_size, model.intermediate_size
+    scaled = matrix == torch.float8_e4m3fn
+    hidden, inner = model.hidden_size, model.intermediate_size
     heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     norm = Norm(empty(hidden, dtype=torch.float32), 1e-5)
 
@@ -173,9 +174,8 @@ def run_linear(
 
 
 def label(*words: Any) -> None:
-    global case
     overlap = " overlap" if words[-1] is True else ""
-    case = ", ".join(str(word).removeprefix("torch.") for word in words[:-1]) + overlap
+    case[0] = ", ".join(str(word).removeprefix("torch.") for word in words[:-1]) + overlap
 
 
 ATTENDED = (

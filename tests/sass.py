@@ -127,7 +127,7 @@ def _is_global(name: str) -> bool:
 
 
 def _root(name: str) -> str:
-    return name.split(".")[0]
+    return name.partition(".")[0]
 
 
 def _run(tool: str, *arguments: str) -> str:
