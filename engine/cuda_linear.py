@@ -2,8 +2,8 @@
 
 A choice is written as text, so that what a start measured can be kept as JSON:
 
-    vector:2x1024w4      outputs x inputs of a program, warps; one token only
-    tile:64x128w4s4      the same with pipeline stages; up to 256 tokens
+    vector:4x1024w4s3    outputs x inputs of a program, warps, pipeline stages; one token only
+    tile:64x128w4s4      the same; up to 256 tokens
     library              cuBLAS, with the norm and the gate as kernels of their own; 4-bit weights are
                          made 16-bit for it, a piece at a time
 """
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.cuda_kernels.common import interpreted, power_of_two
+from engine.cuda_kernels.common import WORD, interpreted, power_of_two
 from engine.cuda_kernels.linear import Blocks, Norm, Weights, tile_linear, vector_linear
 from engine.cuda_kernels.packed_linear import PackedWeights, tile_packed, unpack, vector_packed
 from engine.cuda_kernels.rows import rms_norm, swiglu, to_float8
@@ -35,7 +35,7 @@ _FUSED_NORM = 16
 _UNPACKED_BYTES = 32 << 20
 """Of 4-bit weights that are 16-bit for a while: enough rows for the library, little beside the weights."""
 
-_TEXT = re.compile(r"(vector|tile):(\d+)x(\d+)w(\d+)(?:s(\d+))?")
+_TEXT = re.compile(r"(vector|tile):(\d+)x(\d+)w(\d+)s(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Choice:
         if self.blocks is None:
             return self.kind
         blocks = self.blocks
-        text = f"{self.kind}:{blocks.outputs}x{blocks.inputs}w{blocks.num_warps}"
-        return text if self.kind == "vector" else f"{text}s{blocks.num_stages}"
+        shape = f"{blocks.outputs}x{blocks.inputs}"
+        return f"{self.kind}:{shape}w{blocks.num_warps}s{blocks.num_stages}"
 
     @classmethod
     def parse(cls, text: str) -> Choice:
@@ -61,7 +61,7 @@ class Choice:
         if match is None:
             raise SpecError("choices", f"{text!r} names no kernel", "Measure again with tune=True")
         kind, outputs, inputs, warps, stages = match.groups()
-        blocks = Blocks(int(outputs), int(inputs), int(warps), int(stages or 1))
+        blocks = Blocks(int(outputs), int(inputs), int(warps), int(stages))
         return cls("vector" if kind == "vector" else "tile", blocks)
 
 
@@ -93,20 +93,32 @@ def default_choice(weights: Weights, tokens: int, num_processors: int) -> Choice
         return Choice("vector" if tokens == 1 else "tile", blocks)
     if isinstance(weights, PackedWeights):
         return _packed_default(weights, tokens, num_processors)
+    float8 = weights.scale is not None
     if tokens == 1:
-        return Choice("vector", Blocks(2, min(inputs, 1024), 4, 1))
-    if tokens <= (64 if weights.scale is not None else 32):
-        outputs = 64
-        while outputs > 16 and weights.num_outputs < outputs * 2 * num_processors:
+        # Float8 takes more arithmetic a byte: more outputs share the work on x.
+        outputs = 8 if float8 and not weights.gated else 4
+        while outputs > 2 and weights.num_outputs < outputs * 2 * num_processors:
             outputs //= 2
-        return Choice("tile", Blocks(outputs, 128, 4, 4))
+        return Choice("vector", Blocks(outputs, min(inputs, 1024), 4, 3))
+    if tokens <= (64 if float8 else 32):
+        # Each program norms x anew, so 16 outputs are too few unless processors would idle.
+        outputs = 64
+        while outputs > 16 and weights.num_outputs < outputs * num_processors * outputs // 32:
+            outputs //= 2
+        if float8:
+            # A warp turns 16 outputs to bfloat16; more than two warps would do it over again.
+            # Few outputs need the warps all the same, and the sums of many gated tokens their registers.
+            four = tokens > 32 if weights.gated else outputs == 16 and tokens <= WORD
+            return Choice("tile", Blocks(32, 128, 4 if four else 2, 4))
+        stages = 3 if weights.gated else 4 if outputs > 16 else 6
+        return Choice("tile", Blocks(outputs, 128, 4, stages))
     return LIBRARY
 
 
 def _packed_default(weights: PackedWeights, tokens: int, num_processors: int) -> Choice:
     """Each thread of the vector kernel has several outputs, to share what it works out of the inputs."""
     if tokens == 1:
-        outputs = 64
+        outputs = 32 if weights.gated else 64  # gate and up of 64 do not fit the registers
         while outputs > 16 and weights.num_outputs < outputs * num_processors:
             outputs //= 2
         return Choice("vector", Blocks(outputs, 512, 4, 1))
@@ -150,9 +162,9 @@ class LinearLayers:
         accumulate: bool = False,
     ) -> None:
         """`run` in a given way."""
-        if norm is not None and (choice.blocks is None or len(x) > _FUSED_NORM):
+        if norm is not None and not _fuses_norm(choice, weights, len(x)):
             normed = torch.empty_like(x)
-            rms_norm(x, norm.weight, norm.epsilon, normed)
+            rms_norm(x, norm.weight, norm.epsilon, normed, overlap=self._overlap)
             x, norm = normed, None
         if choice.blocks is None:
             _library(x, weights, out, accumulate)
@@ -164,6 +176,14 @@ class LinearLayers:
         else:
             launch = vector_linear if choice.kind == "vector" else tile_linear
             launch(x, weights, out, choice.blocks, norm, **options)
+
+
+def _fuses_norm(choice: Choice, weights: Weights, tokens: int) -> bool:
+    """Tiles of float8 weights have no arithmetic to spare for it."""
+    if choice.blocks is None or tokens > _FUSED_NORM:
+        return False
+    float8 = weights.scale is not None and not isinstance(weights, PackedWeights)
+    return choice.kind == "vector" or not float8
 
 
 def _library(x: Tensor, weights: Weights, out: Tensor, accumulate: bool) -> None:

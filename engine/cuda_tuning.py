@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from engine.cuda_kernels.common import WORD
 from engine.cuda_kernels.linear import Blocks, Norm, Weights
 from engine.cuda_kernels.packed_linear import PackedWeights
 from engine.cuda_linear import LIBRARY, MOST_TILED, Choice, LinearLayers, bucket_of, key_of
@@ -30,24 +31,25 @@ def candidates(weights: Weights, tokens: int) -> Iterator[Choice]:
         yield from _packed_candidates(tokens)
         return
     if tokens == 1:
-        for outputs, inputs, warps in (
-            (1, 2048, 4),
+        for outputs, inputs, stages in (
             (2, 1024, 4),
-            (4, 512, 4),
-            (4, 1024, 8),
-            (8, 512, 8),
+            (4, 1024, 3),
+            (8, 512, 3),
+            (8, 1024, 3),
         ):
-            if inputs <= weights.num_inputs:
-                yield Choice("vector", Blocks(outputs, inputs, warps, 1))
+            if inputs <= weights.num_inputs and not (weights.gated and outputs * inputs > 4096):
+                yield Choice("vector", Blocks(outputs, inputs, 4, stages))
     if tokens > MOST_TILED:
         return
     wide = tokens > 64
     for outputs in (64, 128) if wide else (16, 32, 64):
         if weights.gated and outputs * bucket_of(tokens) > 64 * 128:
             continue
-        deep = () if weights.gated else ((256, 3),)
+        deep = () if weights.gated else ((128, 6), (256, 3))
         for inputs, stages in ((64, 3), (64, 4)) if wide else ((128, 3), (128, 4), *deep):
             yield Choice("tile", Blocks(outputs, inputs, 8 if wide else 4, stages))
+    if tokens <= WORD:
+        yield Choice("tile", Blocks(32, 128, 2, 5))
 
 
 def _packed_candidates(tokens: int) -> Iterator[Choice]:

@@ -203,3 +203,38 @@ def test_values_that_are_no_numbers_do_not_outlive_their_turn() -> None:
     qkv = bench.draw(3)
     got = bench.step([(0, window, 0, 3, 0)], qkv)
     assert max(np.abs(got[n] - slow.push(n, qkv[n])).max() for n in range(3)) < 2e-5
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, fill: float) -> None:
+    """Memory that nobody has written holds `fill`, as a GPU's may hold anything."""
+    empty = torch.empty
+
+    def filled(*size: Any, **options: Any) -> Any:
+        made = empty(*size, **options)
+        return made.fill_(fill) if made.is_floating_point() else made.fill_(2**31 - 1)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.mark.parametrize(("dim", "splits"), [(24, 1), (32, 8)])
+def test_memory_that_was_never_written_is_never_read(
+    monkeypatch: pytest.MonkeyPatch, dim: int, splits: int
+) -> None:
+    """To the bit: a weight of zero does not hide a value that is no number."""
+    shape = Shape(2, 2, dim, dim, 64, 4)
+    windows = [SinkWindow(4, 40, 50), SinkWindow(0, 20, 36)]
+    told = []
+    for fill in (0.0, float("nan")):
+        with monkeypatch.context() as patch:
+            poison(patch, fill)
+            bench = Bench(shape, block_m=16, splits=splits)
+            bench.cache.fill_(fill)
+            results = []
+            for turn, count in enumerate((3, 1, 9, 1)):
+                starts = ((0, 3, 4, 13)[turn], (0, 3, 4, 13)[turn])
+                rows = [(n, windows[n], starts[n], count, 0) for n in range(2)]
+                results.append(bench.step(rows, bench.draw(2 * count)))
+            told.append(np.concatenate(results))
+    assert np.array_equal(told[0], told[1])
+    # A row that claims more tokens than were cached is shown what lies there.
+    assert np.isnan(bench.step([(2, windows[0], 20, 1, 0)], bench.draw(1))).any()

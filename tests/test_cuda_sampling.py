@@ -303,6 +303,24 @@ def test_a_step_leaves_nothing_for_the_next_and_logits_as_they_were() -> None:
         assert np.array_equal(rows.cpu().numpy(), logits)
 
 
+def test_what_scratch_memory_held_does_not_matter() -> None:
+    rng = np.random.default_rng(11)
+    logits = random_rows(rng, 6, 300)
+    requests = [random_request(rng, 300) for _ in range(6)]
+    rows, told = torch.tensor(logits, device=DEVICE), []
+    for fill in (0, -7):
+        sampler = DeviceSampler(6, 300, DEVICE, sizes=SMALL)
+        sampler.prepare(requests)
+        buffers = sampler._buffers
+        for name, scratch in vars(buffers).items():
+            if isinstance(scratch, torch.Tensor) and name not in ("wide", "words", "pool"):
+                scratch.fill_(float("nan") if fill and scratch.is_floating_point() else fill)
+        sampler.run(rows)
+        told.append(sampler.read())
+    assert told[0] == told[1]
+    assert differing(told[0], logits, requests) == []
+
+
 def test_rows_may_be_a_slice_of_wider_ones() -> None:
     rng = np.random.default_rng(10)
     wide = torch.tensor(random_rows(rng, 4, 320), device=DEVICE)[:, :300]

@@ -121,6 +121,9 @@ def _sink_attention(
     ring, window_start = tl.load(fields + 5), tl.load(fields + 6)
     first_token = tl.load(fields + 7)
     if offset >= count:
+        # Padding waits too: only then does the end of this kernel mean the end of all before it.
+        if overlap:
+            gdc_wait()
         return
 
     queries: tl.constexpr = block_m // group

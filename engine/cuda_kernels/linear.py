@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.cuda_kernels.common import WORD, dot, launch_options, power_of_two
+from engine.cuda_kernels.common import WORD, dot, launch_options, power_of_two, widened
 
 LINE_BYTES = 128
 PREFETCHED_LINES = 1024
@@ -108,6 +108,7 @@ def _vector_linear(
     block_k: tl.constexpr,
     lines: tl.constexpr,
     line: tl.constexpr,
+    stages: tl.constexpr,
     overlap: tl.constexpr,
 ):
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -120,42 +121,25 @@ def _vector_linear(
     squares = tl.zeros((block_k,), tl.float32)
     acc = tl.zeros((block_n, block_k), tl.float32)
     acc2 = tl.zeros((block_n, block_k), tl.float32)
-    inside = wanted[:, None] & (k < num_inputs)[None, :]
-    w = tl.load(first, mask=inside, other=0.0, eviction_policy="evict_first")
-    if gated:
-        w2 = tl.load(second, mask=inside, other=0.0, eviction_policy="evict_first")
-    # Weights do not depend on the kernel before, so they are fetched while it ends; activations do.
+    # Weights do not depend on the kernel before, so they are brought to L2 while it ends; activations do.
     if overlap:
         gdc_launch_dependents()
         prefetch(row, num_inputs, lines, line)
         if gated:
             prefetch(row2, num_inputs, lines, line)
         gdc_wait()
-    for start in range(0, num_inputs, block_k):
+    for start in tl.range(0, num_inputs, block_k, num_stages=stages):
         left = start + k < num_inputs
+        inside = wanted[:, None] & left[None, :]
+        w = tl.load(first + start, mask=inside, other=0.0, eviction_policy="evict_first")
         value = tl.load(x + start + k, mask=left, other=0.0).to(tl.float32)
         if normed:
             squares += value * value
             value *= tl.load(norm + start + k, mask=left, other=0.0).to(tl.float32)
-        # The next tile is on its way while this one is multiplied.
-        ahead = wanted[:, None] & (start + block_k + k < num_inputs)[None, :]
-        following = tl.load(
-            first + start + block_k,
-            mask=ahead,
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        acc += widened(w, tl.float32) * value[None, :]
         if gated:
-            following2 = tl.load(
-                second + start + block_k,
-                mask=ahead,
-                other=0.0,
-                eviction_policy="evict_first",
-            )
-            acc2 += w2.to(tl.float32) * value[None, :]
-            w2 = following2
-        acc += w.to(tl.float32) * value[None, :]
-        w = following
+            w2 = tl.load(second + start, mask=inside, other=0.0, eviction_policy="evict_first")
+            acc2 += widened(w2, tl.float32) * value[None, :]
     factor = 1.0
     if normed:
         factor = tl.rsqrt(tl.sum(squares, 0) / num_inputs + epsilon)
@@ -201,7 +185,7 @@ def _tile_linear(
     row2 = row + num_outputs.to(tl.int64) * num_inputs
     first, second = row[:, None] + k[None, :], row2[:, None] + k[None, :]
     rows = x + m[:, None] * num_inputs + k[None, :]
-    squares = tl.zeros((block_m,), tl.float32)
+    squares = tl.zeros((block_m, block_k), tl.float32)
     acc = tl.zeros((block_n, block_m), tl.float32)
     acc2 = tl.zeros((block_n, block_m), tl.float32)
     if overlap:
@@ -216,18 +200,18 @@ def _tile_linear(
         kind = value.dtype
         if normed:
             wide = value.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
+            squares += wide * wide
             weights = tl.load(norm + start + k, mask=left, other=0.0).to(tl.float32)
             value = (wide * weights[None, :]).to(kind)
         inside = wanted[:, None] & left[None, :]
         w = tl.load(first + start, mask=inside, other=0.0, eviction_policy="evict_first")
-        acc = dot(w.to(kind), tl.trans(value), acc)
+        acc = dot(widened(w, kind), tl.trans(value), acc)
         if gated:
             w2 = tl.load(second + start, mask=inside, other=0.0, eviction_policy="evict_first")
-            acc2 = dot(w2.to(kind), tl.trans(value), acc2)
+            acc2 = dot(widened(w2, kind), tl.trans(value), acc2)
     total, up = tl.trans(acc), tl.trans(acc2)
     if normed:
-        factor = tl.rsqrt(squares / num_inputs + epsilon)[:, None]
+        factor = tl.rsqrt(tl.sum(squares, 1) / num_inputs + epsilon)[:, None]
         total, up = total * factor, up * factor
     columns, real = n[None, :], wanted[None, :]
     total = finish(total, scale, bias, columns, real, scaled, biased)
@@ -283,9 +267,9 @@ def vector_linear(
         block_k=blocks.inputs,
         lines=_lines(weights, blocks.outputs),
         line=_line(weights),
+        stages=blocks.num_stages,
         overlap=overlap,
         num_warps=blocks.num_warps,
-        num_stages=1,
         **launch_options(overlap),
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.cuda_kernels.common import interpreted, power_of_two
+from engine.cuda_kernels.common import interpreted, launch_options, power_of_two
 
 _LARGEST_FLOAT8 = tl.constexpr(448.0)
 
@@ -23,7 +24,11 @@ def _rms_norm(
     added: tl.constexpr,
     block: tl.constexpr,
     block_width: tl.constexpr,
+    overlap: tl.constexpr,
 ):
+    if overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * block + tl.arange(0, block)
     column = tl.arange(0, block_width)
     real = (column < width)[None, :]
@@ -75,7 +80,13 @@ def _warps(width: int) -> int:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, epsilon: float, out: Tensor, delta: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    out: Tensor,
+    delta: Tensor | None = None,
+    *,
+    overlap: bool = False,
 ) -> None:
     """RMS norm of x [rows, width] into `out`; with `delta`, x becomes x + delta first."""
     rows, width = x.shape
@@ -91,7 +102,9 @@ def rms_norm(
         added=delta is not None,
         block=block,
         block_width=power_of_two(width),
+        overlap=overlap,
         num_warps=_warps(width),
+        **launch_options(overlap),
     )
 
 
