@@ -230,7 +230,7 @@ READ_BEFORE_WAIT = {"_sink_attention": 10, "_vector_packed": 8}
 """Accesses to memory ahead of the wait for the kernel before: the tables of the step, the first 4-bit
 weights, none of which a kernel writes. Linear layers ask for their weights there, by a prefetch."""
 
-FEW_SPILLED = {"_vector_packed": 16, "_tile_packed": 32}
+FEW_SPILLED = {"_vector_packed": 40, "_tile_packed": 32}
 """Bytes."""
 
 
