@@ -31,7 +31,7 @@ from tests.cuda_fixtures import cuda_spec, make_cuda_engine, torch
 from tests.engine_fixtures import random_tokens, window_of
 
 from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
-from engine import cuda_engine, cuda_graphs, cuda_upload  # isort: skip
+from engine import cuda_engine  # isort: skip
 from engine.cuda_decoder import CudaDecoder, DeviceStep  # isort: skip
 from engine.cuda_engine import CudaEngine  # isort: skip
 from engine.cuda_sampling import DeviceSampler  # isort: skip
@@ -93,9 +93,9 @@ def test_a_buffer_is_written_when_the_copy_before_the_last_was_made() -> None:
 
 def test_ranks_give_up_on_a_device_that_waits_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(np.arange(0.0, 100.0, 0.4).tolist())
-    monkeypatch.setattr(cuda_upload.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("engine.cuda_upload.time.monotonic", lambda: next(clock))
     naps = list[float]()
-    monkeypatch.setattr(cuda_upload.time, "sleep", naps.append)
+    monkeypatch.setattr("engine.cuda_upload.time.sleep", naps.append)
     with pytest.raises(EngineDead, match="not come to the end of a step for 2 s"):
         Upload(1, torch.device("cpu"), limit_s=2.0).wait(Event(done=False))
     assert len(naps) == 5
@@ -191,7 +191,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         "graph": captured,
         "graph_pool_handle": lambda: "pool",
     }.items():
-        monkeypatch.setattr(cuda_graphs.torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, name, fake)
 
 
 def drawing(engine: CudaEngine, slots: tuple[int, ...], at: int, length: int = 1) -> list[Any]:
