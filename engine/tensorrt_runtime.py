@@ -164,11 +164,11 @@ class TensorRtRuntime:
 
     def close(self) -> None:
         """See `PlanRuntime.close`."""
+        self._passes = {}  # first: NCCL waits for the graphs that hold its collectives
         if self._group is not None:
-            self._group.close()  # first: a rank that waits for a dead one never gets to the end
+            self._group.close()  # a rank that waits for a dead one never gets to the end
         self._stream.synchronize()
         self._plan.close()
-        self._passes = {}
         self._held = []
         self._weights = {}
         for name in ("_cache", "_scratch", "_decode_logits", "_prefill_logits", "_last"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,11 @@ from tests.engine_fixtures import (
 from tests.reference import Floats, ReferenceDecoder, Rule
 
 from engine.cuda_engine import CudaEngine  # isort: skip
+from engine.cuda_kernels.attention import Tiling  # isort: skip
 from engine.cuda_options import CudaOptions  # isort: skip
+from engine.cuda_runtime import mixed_tiling  # isort: skip
 
+GREEDY = SampleRequest(SamplingParams(temperature=0.0), 0, 0, np.zeros(0, np.int32))
 MAX_ERROR = 1e-4
 LENGTH = 70
 SIZES = (20, 1, 7)
@@ -91,30 +95,72 @@ def test_a_conversation_comes_back_from_host_memory_into_another_slot() -> None:
         assert np.abs(result.logits[0] - reference.push_all(0, tokens[n])[-1]).max() < MAX_ERROR
 
 
-def test_conversations_of_different_lengths_share_steps() -> None:
-    """Rows of one plan, more than a part of a step holds, in an order of their own."""
-    engine = make_cuda_engine(options=CudaOptions(max_running=3, max_step_tokens=24))
-    pins, rng = (0, 4, 20, 1), np.random.default_rng(3)
-    tokens = [random_tokens(20 + n, 60 - 9 * n) for n in range(4)]
+def mix(engine: CudaEngine, pins: tuple[int, ...] = (0, 4, 20, 1)) -> float:
+    """The largest error of conversations with so many sinks, in steps that mix chunks and single tokens."""
+    rng = np.random.default_rng(3)
+    tokens = [random_tokens(20 + n, 60 - 9 * n) for n in range(len(pins))]
     got: list[list[Floats]] = [[] for _ in pins]
-    length = [0] * 4
-    while any(length[n] < len(tokens[n]) for n in range(4)):
+    length = [0] * len(pins)
+    while any(length[n] < len(tokens[n]) for n in range(len(pins))):
         rows, who = [], []
-        for n in rng.permutation(4):
+        for n in rng.permutation(len(pins)):
             part = tokens[n][length[n] : length[n] + int(rng.choice([0, 1, 5, 20]))]
             if len(part):
                 window = window_of(engine.spec, pins[n])
-                rows.append(Row(int(n), length[n], part, window, logits="all"))
+                sample = GREEDY if rng.random() < 0.5 else None
+                row = Row(int(n), length[n], part, window, sample=sample, logits="all")
+                rows.append(row)
                 who.append(n)
         for n, row, result in zip(who, rows, engine.step(StepPlan(tuple(rows))).rows, strict=True):
             assert result.logits is not None
+            drawn = int(result.logits[-1].argmax()) if row.sample else None
+            assert result.token_id == drawn
             got[n].append(result.logits)
             length[n] += len(row.tokens)
+    errors = []
     for n, sinks in enumerate(pins):
-        rule = Rule(sinks, 40 - sinks)
+        rule = Rule(sinks, engine.spec.capacity - sinks)
         wanted = ReferenceDecoder(engine.spec.model, cached_tensors("llama"), rule)
         error = np.abs(np.concatenate(got[n]) - wanted.push_all(0, tokens[n])).max()
-        assert error < MAX_ERROR
+        errors.append(float(error))
+    return max(errors)
+
+
+def test_conversations_of_different_lengths_share_steps() -> None:
+    """Rows of one plan, more than a part of a step holds, in an order of their own."""
+    assert mix(make_cuda_engine(options=CudaOptions(max_running=3, max_step_tokens=24))) < MAX_ERROR
+
+
+@pytest.mark.parametrize(("processors", "splits"), [(1000, 8), (1, 1)])
+def test_mixed_steps_in_the_tiles_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, processors: int, splits: int
+) -> None:
+    """Both ways to cut chunks and single tokens, with S per row, as a GPU of so many processors would."""
+    monkeypatch.setattr("engine.cuda_runtime.interpreted", lambda device: False)
+    engine = make_cuda_engine(options=CudaOptions(max_running=3))
+    runtime: Any = engine._runtime
+    runtime._processors = processors
+    tilings = []
+
+    def chosen(counts: list[int]) -> Tiling:
+        tilings.append(mixed_tiling(counts, runtime._spec.model, runtime._processors))
+        return tilings[-1]
+
+    monkeypatch.setattr(runtime, "_mixed_tiling", chosen)
+    assert mix(engine, (0, 20, 1)) < MAX_ERROR
+    assert {tiling.splits for tiling in tilings} == {splits}
+
+
+def test_few_long_rows_are_split_and_many_are_not() -> None:
+    model = dataclasses.replace(tiny_shape("llama"), num_heads=32, num_kv_heads=8, head_dim=128)
+    # 16 tokens fill a tile of 64 queries; 132 processors are half idle up to 8 tiles of 8 heads.
+    assert mixed_tiling([16] * 8, model, 132).splits == 8
+    assert mixed_tiling([16] * 8 + [1], model, 132).splits == 1
+    assert mixed_tiling([128], model, 132).splits == 8
+    assert mixed_tiling([129], model, 132).splits == 1
+    many = dataclasses.replace(model, num_kv_heads=32)
+    assert mixed_tiling([128], many, 132).splits == 8
+    assert mixed_tiling([129], many, 132).splits == 1
 
 
 @pytest.mark.parametrize(
@@ -142,13 +188,10 @@ def test_four_bits_compute_with_what_is_stored(family: str, tmp_path: Path) -> N
 
 
 def test_rows_that_only_some_sample() -> None:
-    engine, request = (
-        make_cuda_engine(),
-        SampleRequest(SamplingParams(temperature=0.0), 0, 0, np.zeros(0, np.int32)),
-    )
+    engine = make_cuda_engine()
     window = window_of(engine.spec, 4)
     rows = [
-        Row(slot, 0, random_tokens(slot, 1), window, sample=request if slot != 1 else None)
+        Row(slot, 0, random_tokens(slot, 1), window, sample=GREEDY if slot != 1 else None)
         for slot in range(3)
     ]
     alone = [engine.step(StepPlan((dataclasses.replace(row, logits="last"),))) for row in rows]
