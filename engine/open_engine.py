@@ -133,6 +133,7 @@ def _open_ranks(
             capacity=spec.capacity,
             max_running=options.max_running,
             host_memory_bytes=options.host_memory_bytes // spec.tp_size,
+            step_s=options.step_timeout_s,
         ),
         RankTimeouts(step_s=options.step_timeout_s),
     )

@@ -24,7 +24,8 @@ class RankOptions:
 
     `memory_budget_bytes` is for the kv_slots of this rank, None: what is free. `threads` are this rank's,
     where a CPU computes. `capacity` replaces that of spec.json. `max_running`: see `EngineOptions`.
-    `host_memory_bytes` is this rank's too: its host slots hold its part of a kv_slot each.
+    `host_memory_bytes` is this rank's too: its host slots hold its part of a kv_slot each. `step_s` is the
+    longest that a rank on a GPU waits for the end of a step.
     """
 
     engine_dir: str
@@ -33,6 +34,7 @@ class RankOptions:
     capacity: int | None = None
     max_running: int = 16
     host_memory_bytes: int = 0
+    step_s: float = 120.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,7 +122,9 @@ def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
         options=CudaOptions(
             max_running=options.max_running,
             host_memory_bytes=options.host_memory_bytes,
-            tensor_parallel=TensorParallel(collective.rank, collective.size, address),
+            tensor_parallel=TensorParallel(
+                collective.rank, collective.size, address, step_s=options.step_s
+            ),
         ),
     )
 
@@ -128,7 +132,9 @@ def _open_cuda(options: RankOptions, collective: Collective) -> Engine:
 def _open_tensorrt(options: RankOptions, collective: Collective) -> Engine:
     from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine
 
-    runtime = RuntimeOptions(options.memory_budget_bytes, options.max_running, collective)
+    runtime = RuntimeOptions(
+        options.memory_budget_bytes, options.max_running, collective, options.step_s
+    )
     return TensorRtEngine(Path(options.engine_dir), runtime, capacity=options.capacity)
 
 

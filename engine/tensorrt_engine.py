@@ -19,7 +19,7 @@ from engine.collective import Collective
 from engine.plan_check import check_plan
 from engine.protocol import EngineDead, Logits, Row, RowResult, SampleRequest, StepPlan, StepResult
 from engine.rotary import Rotary
-from engine.sampling import Sampled
+from engine.sampling import Sampled, SamplingParams
 from engine.slot_order import SlotOrder
 from engine.tensorrt_inputs import (
     PassInputs,
@@ -29,6 +29,7 @@ from engine.tensorrt_inputs import (
     prefill_inputs,
     starts_anew,
 )
+from engine.window import SinkWindow
 from engine_build.manifest import SPEC
 from engine_build.plan_inputs import num_places
 from engine_build.plan_profiles import decode_buckets
@@ -79,11 +80,13 @@ class PlanRuntime(Protocol):
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuntimeOptions:
     """`memory_budget_bytes` is for kv_slots; None: what the device has left. `max_running` is the most
-    decode rows of a step. `collective` is the group that this process is a rank of, if it is."""
+    decode rows of a step. `collective` is the group that this process is a rank of, if it is; `step_s`, the
+    longest that a rank waits for the tokens of a step."""
 
     memory_budget_bytes: int | None = None
     max_running: int = 16
     collective: Collective | None = None
+    step_s: float = 120.0
 
     @property
     def rank(self) -> int:
@@ -108,8 +111,8 @@ class TensorRtEngine:
     """See `engine.protocol.Engine`. Of tensor-parallel ranks the first alone draws and returns logits.
 
     `capacity`, if given, must be that of the plan: its cache has a fixed number of places. Raises
-    SpecError for another one, for a budget that holds no kv_slot, and where TensorRT, torch or a GPU is
-    missing.
+    SpecError for another one, for a budget that holds no kv_slot, for a largest step that does not run here,
+    and where TensorRT, torch or a GPU is missing.
     """
 
     def __init__(
@@ -138,9 +141,14 @@ class TensorRtEngine:
         self._rotary = Rotary(spec.model.rope)
         self._spare_place = num_places(spec) - 1
         self._runtime: PlanRuntime | None = open_runtime(engine_dir, spec, options)
-        self._max_resident = self._runtime.num_rows
-        self._buckets = decode_buckets(min(options.max_running, self._max_resident))
-        self._order = SlotOrder(self._max_resident)
+        try:
+            self._max_resident = _least(self._runtime.num_rows, options.collective)
+            self._buckets = decode_buckets(min(options.max_running, self._max_resident))
+            self._order = SlotOrder(self._max_resident)
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def spec(self) -> EngineSpec:
@@ -179,6 +187,31 @@ class TensorRtEngine:
             self._runtime.close()
         self._runtime = None
 
+    def _warm_up(self) -> None:
+        """Run a step of every size, so that no turn waits for kernels to be compiled or passes to be recorded
+        (at their second run), and memory that does not suffice is an error now. What is written is cleared
+        when a conversation begins."""
+        spec, last = self._spec, self._max_resident - 1
+        window = SinkWindow(0, spec.capacity, spec.slot_tokens)
+        prompt = np.zeros(spec.max_chunk, np.int32)
+        draw = SampleRequest(SamplingParams(temperature=0.0), 0, 0, prompt[:0])
+        plans = [
+            tuple(Row(slot, 0, prompt[:1], window, sample=draw) for slot in range(bucket))
+            for bucket in reversed(self._buckets)
+        ]
+        whole = Row(last, 0, prompt, window, sample=draw, logits="all")
+        # One token before the ring's end, one behind it.
+        cut = Row(last, spec.slot_tokens - 1, np.zeros(2, np.int32), window, sample=draw)
+        try:
+            for rows in (*plans, *plans, (whole,), (cut,)):
+                self.step(StepPlan(rows))
+        except EngineDead as error:
+            raise SpecError(
+                "memory_budget_bytes",
+                f"the largest steps of this engine do not run here ({error})",
+                "Free the GPU, lower the budget, max_running or the capacity; or build the plan again",
+            ) from error
+
     def _decode(self, step: _Step, numbers: Sequence[int]) -> None:
         """One token of each of these rows, in one pass."""
         rows = [step.rows[number] for number in numbers]
@@ -206,6 +239,14 @@ class TensorRtEngine:
             step.run(inputs, cache_row, drawing, first_held=count - 1)
             if row.logits == "all" or ends:
                 step.take_logits([(number, 0, count)])
+
+
+def _least(num_rows: int, collective: Collective | None) -> int:
+    """The cache rows that every rank has: passes of all ranks must be of one size."""
+    if collective is None:
+        return num_rows
+    every = collective.gather(np.array([num_rows], np.float32))
+    return int(collective.broadcast(b"" if every is None else str(int(every.min())).encode()))
 
 
 class _Step:

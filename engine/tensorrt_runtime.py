@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.cuda_sampling import DeviceSampler
+from engine.cuda_sampling import REQUEST_WORDS, DeviceSampler
+from engine.cuda_upload import Upload
 from engine.nccl import NcclGroup
-from engine.protocol import Logits, SampleRequest
+from engine.protocol import EngineDead, Logits, SampleRequest
 from engine.sampling import Sampled
 from engine.tensorrt_engine import RuntimeOptions
 from engine.tensorrt_inputs import PassInputs
+from engine.tensorrt_memory import rows_of_budget, rows_that_fit
 from engine_build.engine_names import LOGIT_ROWS, LOGITS, WEIGHTS_FILE
 from engine_build.files import sinkserve_home
 from engine_build.plan import plan_file
@@ -33,7 +35,6 @@ from engine_build.plan_inputs import (
     TOKEN_IDS,
     WRITE_PLACES,
     cache_names,
-    cache_row_bytes,
     is_input,
 )
 from engine_build.plan_profiles import (
@@ -48,9 +49,6 @@ from engine_build.spec import EngineSpec, SpecError
 from engine_build.tensorrt_library import OpenPlan
 from engine_build.weights import read_weight_file
 
-_MIB = 2**20
-_SHARE_OF_FREE = 0.9
-"""Of the memory left once all else is there: the sampler and captured graphs need some of it."""
 _KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GivenWeights = Callable[[torch.device], Mapping[str, torch.Tensor]]
 _PREFILLED_TOGETHER = 8
@@ -91,7 +89,9 @@ class TensorRtRuntime:
             self._decode_logits = self._empty((most, vocab // spec.tp_size), torch.float32)
             self._prefill_logits = self._empty((1, vocab // spec.tp_size), torch.float32)
             self._max_held = most + _PREFILLED_TOGETHER
-            self._sampler = DeviceSampler(self._max_held, vocab, self._device)
+            limit_s = None if options.collective is None else options.step_s
+            upload = Upload(self._max_held * REQUEST_WORDS, self._device, limit_s)
+            self._sampler = DeviceSampler(self._max_held, vocab, self._device, upload=upload)
             self._num_rows = self._rows_that_fit(options.memory_budget_bytes)
             shape = input_shapes(spec, Size(self._num_rows, 1, 1))[cache_names(0)[0]]
             layers = spec.model.num_layers
@@ -116,7 +116,13 @@ class TensorRtRuntime:
         return self._cache
 
     def run(self, inputs: PassInputs, first_row: int, hold: range) -> None:
-        """See `PlanRuntime.run`."""
+        """See `PlanRuntime.run`. Raises EngineDead in TensorRT's own words."""
+        try:
+            self._run(inputs, first_row, hold)
+        except RuntimeError as error:
+            raise EngineDead(f"{self._spec.target}: {error} ({self._plan.said()})") from error
+
+    def _run(self, inputs: PassInputs, first_row: int, hold: range) -> None:
         decode = inputs.chunk == 1 and first_row == 0
         with torch.cuda.stream(self._stream):
             if decode:
@@ -229,17 +235,12 @@ class TensorRtRuntime:
         return parts.transpose(0, 1).flatten(1)
 
     def _rows_that_fit(self, budget: int | None) -> int:
-        if budget is None:
-            torch.cuda.synchronize(self._device)
-            budget = int(torch.cuda.mem_get_info(self._device)[0] * _SHARE_OF_FREE)
-        row_bytes = cache_row_bytes(self._spec)
-        if budget < row_bytes:
-            raise SpecError(
-                "memory_budget_bytes",
-                f"{budget / _MIB:.1f} MiB do not hold one kv_slot ({row_bytes / _MIB:.1f} MiB)",
-                "Raise the budget or lower the capacity",
-            )
-        return budget // row_bytes
+        if budget is not None:
+            return rows_of_budget(self._spec, budget)
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return rows_that_fit(self._spec, self._max_held, free)
 
     def _from_file(self, file: Path) -> dict[str, torch.Tensor]:
         stored = read_weight_file(file)

@@ -171,6 +171,11 @@ class OpenPlan:
         self._kernel_cache = kernel_cache
         self._compiled: Any = None
 
+    def said(self) -> str:
+        """The library's newest errors, in one line."""
+        words: str = messages(self._trt).last()
+        return words
+
     def context(self, profile: int, stream: int) -> Any:
         """An execution context for one profile, without memory of its own: see `set_device_memory`.
 

@@ -111,6 +111,12 @@ class OnnxPlanRuntime:
         self._held.extend(logits[row] for row in hold)
         self.sizes.append(size)
 
+    def forget(self) -> None:
+        """What the engine's first steps left behind."""
+        self.sizes.clear()
+        for cache in self.caches.values():
+            cache.fill(np.nan)
+
     def logits(self) -> Logits:
         return self._last
 
@@ -176,7 +182,9 @@ def make_tensorrt_engine(
     ) -> OnnxPlanRuntime:
         return OnnxPlanRuntime(engine_dir, spec, slots)
 
-    return TensorRtEngine(folder, RuntimeOptions(max_running=4), open_runtime=open_runtime)
+    engine = TensorRtEngine(folder, RuntimeOptions(max_running=4), open_runtime=open_runtime)
+    runtime_of(engine).forget()
+    return engine
 
 
 def runtime_of(engine: TensorRtEngine) -> OnnxPlanRuntime:

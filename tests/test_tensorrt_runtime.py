@@ -22,9 +22,10 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the sampler's
 torch = pytest.importorskip("torch")
 
 from engine import tensorrt_runtime  # noqa: E402
-from engine.protocol import Row, SampleRequest, StepPlan  # noqa: E402
+from engine.protocol import EngineDead, Row, SampleRequest, StepPlan  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
-from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine  # noqa: E402
+from engine.tensorrt_engine import RuntimeOptions, TensorRtEngine, _least  # noqa: E402
+from engine.tensorrt_memory import reserve_bytes  # noqa: E402
 from engine_build.engine_names import GRAPH_FILE, LOGITS  # noqa: E402
 from engine_build.graph import export_graph  # noqa: E402
 from engine_build.plan import PLAN_FILE  # noqa: E402
@@ -121,6 +122,9 @@ class FakePlan:
     def context(self, profile: int, stream: int) -> FakeContext:
         self.contexts.append(FakeContext(self, profile))
         return self.contexts[-1]
+
+    def said(self) -> str:
+        return "its own words"
 
     def close(self) -> None:
         self.contexts = []
@@ -227,21 +231,39 @@ def test_more_decode_rows_than_a_pass_holds_keep_their_logits(engine: TensorRtEn
     assert len(set(drawn)) > 1
 
 
-def test_a_bucket_is_captured_once_and_replayed(engine: TensorRtEngine) -> None:
+def test_every_bucket_is_captured_at_start_and_replayed(engine: TensorRtEngine) -> None:
+    """No context is made and nothing recorded once turns are served; each replay runs once."""
     window, plan = window_of(engine.spec, 4), PLANS[-1]
-    tokens = random_tokens(7, 20)
+    tokens = random_tokens(7, 40)
     runtime: Any = engine._runtime
-    captured = []
+    made, captures = list(plan.contexts), engine.spec.target == "tensorrt"
+    graphs = {key[1:]: one._graph is not None for key, one in runtime._passes.items()}
+    decode = {(1, True): captures, (2, True): captures, (4, True): captures}
+    assert graphs == {**decode, (1, False): False}
+    enqueued = plan.num_enqueued
     for at in range(10):
         rows = [Row(slot, at, tokens[at : at + 1], window, sample=GREEDY) for slot in range(3)]
         engine.step(StepPlan(tuple(rows)))
-        (one,) = runtime._passes.values()
-        captured.append(one._graph is not None)
-    (context,) = plan.contexts
-    assert context.shapes["token_ids"] == (4, 1)
-    assert captured == [False] + 9 * [engine.spec.target == "tensorrt"]
-    # Captured enqueues do not run on a GPU; here they do, once more.
-    assert plan.num_enqueued == 10 + (one._graph is not None)
+    assert plan.num_enqueued == enqueued + 10
+    feed(engine, tokens, row_for(window, 5), [MAX_CHUNK, 1, 3])
+    assert plan.contexts == made
+
+
+def test_a_largest_step_that_does_not_run_is_an_error_at_start(
+    engine: TensorRtEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeContext, "execute_async_v3", lambda context, stream: False)
+    with pytest.raises(SpecError, match=r"memory_budget_bytes: .*enqueued \(its own words\)"):
+        TensorRtEngine(tmp_path, RuntimeOptions(memory_budget_bytes=10**8, max_running=4))
+
+
+def test_what_fails_in_a_step_is_told_in_the_librarys_words(
+    engine: TensorRtEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeContext, "execute_async_v3", lambda context, stream: False)
+    row = Row(0, 0, random_tokens(7, 5), window_of(engine.spec, 4))
+    with pytest.raises(EngineDead, match="could not be enqueued \\(its own words\\)"):
+        engine.step(StepPlan((row,)))
 
 
 def test_a_budget_below_one_slot_is_refused(engine: TensorRtEngine, tmp_path: Path) -> None:
@@ -253,10 +275,35 @@ def test_a_budget_below_one_slot_is_refused(engine: TensorRtEngine, tmp_path: Pa
 def test_free_memory_decides_without_a_budget(
     engine: TensorRtEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = int(3.5 * cache_row_bytes(engine.spec) / 0.9)
+    max_held = engine._runtime.max_held if engine._runtime else 0
+    row_bytes = cache_row_bytes(engine.spec)
+    free = reserve_bytes(engine.spec, max_held) + 3 * row_bytes + row_bytes // 2
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    assert TensorRtEngine(tmp_path, RuntimeOptions()).max_resident == 3
+    options = RuntimeOptions(max_running=4)
+    assert TensorRtEngine(tmp_path, options).max_resident == 3
+    free = reserve_bytes(engine.spec, max_held) + row_bytes - 1
+    with pytest.raises(SpecError, match=r"memory_budget_bytes: .* MiB are free, steps need"):
+        TensorRtEngine(tmp_path, options)
+
+
+def test_all_ranks_have_the_rows_of_the_one_with_the_least_memory() -> None:
+    """Else their passes would be of different sizes, and their sums would not meet."""
+
+    class Group:
+        rank, size = 0, 3
+
+        def all_reduce(self, values: Any) -> None:
+            values *= 1
+
+        def gather(self, values: Any) -> Any:
+            return np.stack([values, values - 2, values + 1])
+
+        def broadcast(self, data: bytes) -> bytes:
+            return data
+
+    assert _least(7, Group()) == 5
+    assert _least(7, None) == 7
 
 
 def test_ranks_that_do_not_fit_the_engine_are_refused(
