@@ -23,7 +23,7 @@ from tests.engine_fixtures import cached_tensors, cut, random_tokens, tiny_shape
 from tests.product import build_calm
 from tests.reference import Floats, ReferenceDecoder, Rule
 from tests.test_tensor_parallel import computed
-from tests.tp_script import conversations
+from tests.tp_script import OPTIONS, conversations
 
 from engine.cuda_engine import CudaEngine  # isort: skip
 from engine.cuda_options import CudaOptions, TensorParallel  # isort: skip
@@ -135,7 +135,7 @@ def test_a_group_that_was_built_computes_what_one_process_does(
     """Through `build_engine`, `open_engine`, MPI's spawn and gloo, as a replica does it."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     alone = build_calm(tmp_path)
-    wanted = conversations(open_engine(alone, EngineOptions(memory_budget_bytes=1 << 20)))
+    wanted = conversations(open_engine(alone, OPTIONS))
     got = computed(build_calm(tmp_path, tp_size=2), tmp_path)
     assert got.keys() == wanted.keys()
     for name, logits in wanted.items():
