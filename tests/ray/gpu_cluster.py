@@ -55,12 +55,13 @@ class Probe:
         Path(folder, f"{os.getpid()}.json").write_text(json.dumps(seen))
 
 
-def example(name: str, model: str) -> dict[str, Any]:
-    """A file of examples/ with the tiny engine in the place of its model, and a port of our own."""
+def example(name: str, model: str, redis_url: str) -> dict[str, Any]:
+    """A file of examples/ with the tiny engine in the place of its model, a Redis that is there, a port of
+    our own."""
     deploy: dict[str, Any] = yaml.safe_load((ROOT / "examples" / name).read_text())
     deploy["http_options"] = {"host": "127.0.0.1", "port": 0}
     (app,) = deploy["applications"]
-    app["args"] |= {"model": model}
+    app["args"] |= {"model": model, "redis_url": redis_url}
     return deploy
 
 
@@ -142,7 +143,7 @@ def deployed(deploy: dict[str, Any]) -> tuple[str, str]:
     return said
 
 
-def main(one: str, four: str, out: str) -> None:
+def main(one: str, four: str, redis_url: str, out: str) -> None:
     head: dict[str, Any] = {
         "num_cpus": 4,
         "num_gpus": 0,
@@ -153,8 +154,8 @@ def main(one: str, four: str, out: str) -> None:
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
-    single, group = example("serve_gpu.yaml", one), example("serve_gpu_tp.yaml", four)
-    wrong = example("serve_gpu_tp.yaml", four)
+    single = example("serve_gpu.yaml", one, redis_url)
+    group, wrong = (example("serve_gpu_tp.yaml", four, redis_url) for _ in range(2))
     wrong["applications"][0]["args"]["gpus_per_replica"] = 2
     found: dict[str, Any] = {"asked": {"one": requests_of(single), "four": requests_of(group)}}
     found["groups"] = groups(cluster, found["asked"]["four"])

@@ -15,6 +15,7 @@ from engine.verify_figures import TOLERANCES, Verification
 from engine.verify_report import REPORT, Verified, write_report
 from engine_build.manifest import load_engine_spec
 from tests.product import build_calm
+from tests.valkey_fixture import ValkeyServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
@@ -27,7 +28,7 @@ def verified_on_a_gpu(engine_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory, valkey_server: ValkeyServer) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpus")
     engines = [
         verified_on_a_gpu(
@@ -39,7 +40,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RAY_ADDRESS")
     }
     subprocess.run(
-        [sys.executable, "-m", "tests.ray.gpu_cluster", *engines, folder / "found.json"],
+        [
+            *(sys.executable, "-m", "tests.ray.gpu_cluster"),
+            *(*engines, valkey_server.url, folder / "found.json"),
+        ],
         env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=Path(__file__).parents[2],
         check=True,
