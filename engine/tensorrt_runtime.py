@@ -96,7 +96,14 @@ class TensorRtRuntime:
             shape = input_shapes(spec, Size(self._num_rows, 1, 1))[cache_names(0)[0]]
             layers = spec.model.num_layers
             dtype = _KV_DTYPES[spec.kv_dtype]
-            self._cache = torch.zeros((2 * layers, *shape), dtype=dtype, device=self._device)
+            try:
+                self._cache = torch.zeros((2 * layers, *shape), dtype=dtype, device=self._device)
+            except torch.OutOfMemoryError as error:
+                raise SpecError(
+                    "memory_budget_bytes",
+                    f"the GPU's memory does not hold {self._num_rows} kv_slots: {error}",
+                    "Free the GPU, lower the budget, or use more ranks",
+                ) from error
         self._passes: dict[tuple[int, int, bool], _Pass] = {}
         self._held: list[torch.Tensor] = []
         self._last = self._decode_logits[:0]

@@ -249,6 +249,23 @@ def test_every_bucket_is_captured_at_start_and_replayed(engine: TensorRtEngine) 
     assert plan.contexts == made
 
 
+def test_a_cache_that_does_not_fit_names_the_budget(
+    engine: TensorRtEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = torch.zeros
+
+    def full(shape: Any, **options: Any) -> Any:
+        if np.size(shape) == 5:  # the cache
+            raise torch.OutOfMemoryError("no room")
+        return zeros(shape, **options)
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(SpecError, match=r"memory_budget_bytes: .*does not hold \d+ kv_slots"):
+        tensorrt_runtime.TensorRtRuntime(
+            tmp_path, engine.spec, RuntimeOptions(memory_budget_bytes=10**8)
+        )
+
+
 def test_a_largest_step_that_does_not_run_is_an_error_at_start(
     engine: TensorRtEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

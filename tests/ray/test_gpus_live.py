@@ -42,7 +42,8 @@ def found(tmp_path_factory: pytest.TempPathFactory, valkey_server: ValkeyServer)
     subprocess.run(
         [
             *(sys.executable, "-m", "tests.ray.gpu_cluster"),
-            *(*engines, valkey_server.url, folder / "found.json"),
+            *(str(engine) for engine in engines),
+            *(valkey_server.url, str(folder / "found.json")),
         ],
         env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=Path(__file__).parents[2],
