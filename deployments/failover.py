@@ -181,6 +181,7 @@ class _Attempts:
         self._deadline_s = clock() + call.timeout_s
         self._progress_s = clock()
         self._shown = list(call.shown_ids)
+        self._created_s = call.created_s
         self._turn: int | None = None
         self._replica = ""
         self._avoid = call.avoid
@@ -204,6 +205,7 @@ class _Attempts:
             steal=self._steal,
             blameless=self._steal and self._blameless,
             shown_ids=tuple(self._shown),
+            created_s=self._created_s,
             avoid=self._avoid,
             timeout_s=max(0.0, self._deadline_s - self._clock()),
         )
@@ -219,6 +221,8 @@ class _Attempts:
         if isinstance(item, TurnDone):
             return item
         self._replica = item.replica
+        # Who resumes a turn that was joined dates the reply as it was first dated.
+        self._created_s = item.created_s or self._created_s
         if self._steal:
             self._steal, self._unreachable = False, 0
         return item if first else None
