@@ -12,6 +12,7 @@ multiplies on the tensor cores, the weights as the left operand, so that 16 toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -236,6 +237,35 @@ def _lines(weights: Weights, outputs: int) -> int:
     return min(whole, max(1, PREFETCHED_LINES // power_of_two(outputs)))
 
 
+def launch_arguments(
+    x: Tensor,
+    weights: Weights,
+    out: Tensor,
+    norm: Norm | None,
+    *,
+    accumulate: bool,
+    overlap: bool,
+) -> dict[str, Any]:
+    """What the kernels of linear layers, of whole numbers and of packed ones, are told alike, by name."""
+    return {
+        "x": x,
+        "weight": weights.matrix,
+        "scale": weights.scale,
+        "bias": weights.bias,
+        "norm": norm.weight if norm else None,
+        "out": out,
+        "num_outputs": weights.num_outputs,
+        "num_inputs": weights.num_inputs,
+        "epsilon": norm.epsilon if norm else 0.0,
+        "normed": norm is not None,
+        "gated": weights.gated,
+        "biased": weights.bias is not None,
+        "accumulate": accumulate,
+        "overlap": overlap,
+        **launch_options(overlap),
+    }
+
+
 def vector_linear(
     x: Tensor,
     weights: Weights,
@@ -249,28 +279,14 @@ def vector_linear(
     """x [1, inputs] into out [1, outputs], both contiguous."""
     grid = (triton.cdiv(weights.num_outputs, blocks.outputs),)
     _vector_linear[grid](
-        x,
-        weights.matrix,
-        weights.scale,
-        weights.bias,
-        norm.weight if norm else None,
-        out,
-        weights.num_outputs,
-        weights.num_inputs,
-        norm.epsilon if norm else 0.0,
-        normed=norm is not None,
-        gated=weights.gated,
+        **launch_arguments(x, weights, out, norm, accumulate=accumulate, overlap=overlap),
         scaled=weights.scale is not None,
-        biased=weights.bias is not None,
-        accumulate=accumulate,
         block_n=blocks.outputs,
         block_k=blocks.inputs,
         lines=_lines(weights, blocks.outputs),
         line=_line(weights),
         stages=blocks.num_stages,
-        overlap=overlap,
         num_warps=blocks.num_warps,
-        **launch_options(overlap),
     )
 
 
@@ -289,28 +305,14 @@ def tile_linear(
     block_m = min(max(power_of_two(tokens), WORD), 256)
     grid = (triton.cdiv(weights.num_outputs, blocks.outputs), triton.cdiv(tokens, block_m))
     _tile_linear[grid](
-        x,
-        weights.matrix,
-        weights.scale,
-        weights.bias,
-        norm.weight if norm else None,
-        out,
-        tokens,
-        weights.num_outputs,
-        weights.num_inputs,
-        norm.epsilon if norm else 0.0,
-        normed=norm is not None,
-        gated=weights.gated,
+        **launch_arguments(x, weights, out, norm, accumulate=accumulate, overlap=overlap),
+        num_tokens=tokens,
         scaled=weights.scale is not None,
-        biased=weights.bias is not None,
-        accumulate=accumulate,
         block_m=block_m,
         block_n=blocks.outputs,
         block_k=blocks.inputs,
         lines=_lines(weights, blocks.outputs),
         line=_line(weights),
-        overlap=overlap,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
-        **launch_options(overlap),
     )

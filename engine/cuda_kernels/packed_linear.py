@@ -26,7 +26,6 @@ from engine.cuda_kernels.common import (
     WORD,
     dot,
     interpreted,
-    launch_options,
     power_of_two,
 )
 from engine.cuda_kernels.linear import (
@@ -36,6 +35,7 @@ from engine.cuda_kernels.linear import (
     Norm,
     Weights,
     finish,
+    launch_arguments,
     prefetch,
 )
 from engine_build.int4 import BLOCK, WORDS, ZERO_POINT
@@ -360,30 +360,16 @@ def vector_packed(
     """x [1, inputs] into out [1, outputs], both contiguous."""
     block_w = max(WORDS, blocks.inputs * WORDS // BLOCK)
     _vector_packed[(triton.cdiv(weights.num_outputs, blocks.outputs),)](
-        x,
-        weights.matrix,
-        weights.scale,
-        weights.bias,
-        norm.weight if norm else None,
-        out,
-        weights.num_outputs,
-        weights.num_inputs,
-        weights.num_words,
-        norm.epsilon if norm else 0.0,
-        normed=norm is not None,
-        gated=weights.gated,
-        biased=weights.bias is not None,
-        accumulate=accumulate,
+        **launch_arguments(x, weights, out, norm, accumulate=accumulate, overlap=overlap),
+        num_words=weights.num_words,
         parts=weights.parts,
         per_group=BLOCK // WORDS // weights.parts,
         even=weights.num_inputs % (block_w * BLOCK // WORDS) == 0,
         block_n=blocks.outputs,
         block_w=block_w,
         lines=_lines(weights, blocks.outputs),
-        overlap=overlap,
         num_warps=blocks.num_warps,
         num_stages=1,
-        **launch_options(overlap),
     )
 
 
@@ -402,31 +388,17 @@ def tile_packed(
     block_m = min(max(power_of_two(tokens), WORD), 64)
     grid = (triton.cdiv(weights.num_outputs, blocks.outputs), triton.cdiv(tokens, block_m))
     _tile_packed[grid](
-        x,
-        weights.matrix,
-        weights.scale,
-        weights.bias,
-        norm.weight if norm else None,
-        out,
-        tokens,
-        weights.num_outputs,
-        weights.num_inputs,
-        weights.num_words,
-        norm.epsilon if norm else 0.0,
-        normed=norm is not None,
-        gated=weights.gated,
-        biased=weights.bias is not None,
-        accumulate=accumulate,
+        **launch_arguments(x, weights, out, norm, accumulate=accumulate, overlap=overlap),
+        num_tokens=tokens,
+        num_words=weights.num_words,
         parts=weights.parts,
         per_group=BLOCK // WORDS // weights.parts,
         even=weights.num_inputs % BLOCK == 0,
         block_m=block_m,
         block_n=blocks.outputs,
         lines=_lines(weights, blocks.outputs),
-        overlap=overlap,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
-        **launch_options(overlap),
     )
 
 
